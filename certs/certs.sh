@@ -1,0 +1,146 @@
+#!/bin/sh
+# Certificates to try dtls.c with: a CA, a server, clients. Proper in every field, but the CA's key lies unencrypted beside
+# them, so they are for trying and testing only.
+set -eu
+LC_ALL=C
+export LC_ALL
+work=.building # keys are born in it; also the lock that keeps two runs apart
+
+usage() {
+    cat >&2 <<'END'
+usage: certs.sh all           build what is missing of CA, server and client
+       certs.sh client NAME   build NAME.pem and NAME.key, for one more client
+       certs.sh delete        remove what was built, and nothing that was put there by hand
+CERTS_DIR is the folder to work in (default: the one of this script), CERTS_DAYS the validity (default: 825).
+END
+    exit 2
+}
+
+fail() { # exit status, text
+    echo "certs.sh: $2" >&2
+    exit "$1"
+}
+
+# openssl chatters on stderr even when all is well: show that only when it fails.
+ssl() {
+    openssl "$@" 2>"$work/log" || {
+        cat "$work/log" >&2
+        fail 1 "openssl $1 failed"
+    }
+}
+
+fingerprint() { # file
+    cksum <"$1" | awk '{ print $1, $2 }'
+}
+
+# Builds NAME.key and NAME.pem, signed by the CA, or by itself for the CA.
+build() { # NAME, commonName, line of extensions...
+    name=$1 cn=$2
+    shift 2
+    for file in "$name.key" "$name.pem"; do
+        [ ! -e "$file" ] || fail 1 "$dir/$file exists and is not overwritten"
+    done
+
+    printf '%s\n' '[req]' 'distinguished_name = name' 'prompt = no' '[name]' "commonName = $cn" \
+        '[extensions]' 'subjectKeyIdentifier = hash' 'authorityKeyIdentifier = keyid:always' "$@" >"$work/conf"
+    serial=0x$(openssl rand -hex 16)
+    ssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out "$work/key"
+    if [ "$name" = ca ]; then
+        ssl req -new -x509 -config "$work/conf" -extensions extensions -key "$work/key" \
+            -sha256 -days "$days" -set_serial "$serial" -out "$work/pem"
+    else
+        ssl req -new -config "$work/conf" -key "$work/key" -sha256 -out "$work/request"
+        ssl x509 -req -in "$work/request" -extfile "$work/conf" -extensions extensions -CA ca.pem -CAkey ca.key \
+            -sha256 -days "$days" -set_serial "$serial" -out "$work/pem"
+    fi
+    chmod 644 "$work/pem"
+
+    # Both or none, and listed before they are there: a file that nothing lists would never be deleted.
+    trap '' HUP INT TERM
+    for part in key pem; do
+        echo "$(fingerprint "$work/$part") $name.$part" >>.built
+    done
+    mv "$work/key" "$name.key"
+    mv "$work/pem" "$name.pem"
+    trap 'exit 1' HUP INT TERM
+    echo "built $dir/$name.pem and $dir/$name.key"
+}
+
+build_ca() {
+    [ -e ca.pem ] || build ca "dtls.c test CA $(openssl rand -hex 4)" \
+        'basicConstraints = critical, CA:TRUE, pathlen:0' 'keyUsage = critical, keyCertSign, cRLSign'
+    [ -e ca.key ] || fail 1 "$dir/ca.key is missing, nothing can be signed without it"
+}
+
+build_leaf() { # NAME, extendedKeyUsage, subjectAltName or nothing
+    build "$1" "$1" 'basicConstraints = critical, CA:FALSE' 'keyUsage = critical, digitalSignature' \
+        "extendedKeyUsage = $2" ${3:+"subjectAltName = $3"}
+}
+
+build_server() {
+    build_leaf server serverAuth 'DNS:localhost, IP:127.0.0.1, IP:::1'
+}
+
+build_client() { # NAME
+    alt="DNS:$1"
+    case $1 in *[!A-Za-z0-9-]* | *-) alt= ;; esac # not a DNS label
+    [ ${#1} -le 63 ] || alt=
+    build_leaf "$1" clientAuth "$alt"
+}
+
+# A file that was changed or replaced since it was built belongs to whoever did that.
+delete() {
+    [ -e .built ] || return 0
+    while read -r sum size name; do
+        case $name in */*) continue ;; esac
+        if [ -f "$name" ] && [ "$(fingerprint "$name")" = "$sum $size" ]; then
+            rm -f "$name"
+        fi
+    done <.built
+    cut -d' ' -f3 .built | sort -u | while read -r name; do
+        [ ! -e "$name" ] || echo "kept $dir/$name, which is not the one that was built"
+    done
+    rm -f .built
+}
+
+case ${1-}:$# in
+all:1 | delete:1) ;;
+client:2)
+    case $2 in
+    '' | [.-]* | *[!A-Za-z0-9._-]* | ca | server)
+        fail 2 "NAME is made of A-Z a-z 0-9 . _ - with no . or - in front, and neither ca nor server" ;;
+    esac
+    [ ${#2} -le 64 ] || fail 2 "NAME has at most 64 characters"
+    ;;
+*) usage ;;
+esac
+days=${CERTS_DAYS:-825}
+case $days in 0* | *[!0-9]* | ??????*) fail 2 "CERTS_DAYS is a number of days, 1 to 99999" ;; esac
+if [ "$1" != delete ] && ! command -v openssl >/dev/null 2>&1; then
+    fail 1 "the openssl command is missing"
+fi
+
+dir=${CERTS_DIR:-$(dirname -- "$0")}
+[ -d "$dir" ] || [ "$1" != delete ] || exit 0
+mkdir -p -- "$dir"
+CDPATH='' cd -- "$dir"
+umask 077 # key files are 0600 from their first byte
+mkdir "$work" 2>/dev/null || {
+    [ -d "$work" ] || fail 1 "cannot write to $dir"
+    fail 1 "another run is at work in $dir; if it was killed: rm -r $dir/$work"
+}
+trap 'rm -rf "$work"' EXIT
+trap 'exit 1' HUP INT TERM
+
+case $1 in
+all)
+    build_ca
+    [ -e server.pem ] || build_server
+    [ -e client.pem ] || build_client client
+    ;;
+client)
+    build_ca
+    build_client "$2"
+    ;;
+delete) delete ;;
+esac

@@ -1,0 +1,3995 @@
+/* dtls.c - DTLS 1.2 over UDP in one C file, on OpenSSL. dtls.h is its manual.
+ *
+ * Copyright (c) 2026 the dtls.c authors
+ *
+ * Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+ * documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+ * rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to
+ * permit persons to whom the Software is furnished to do so, subject to the following conditions: The above copyright
+ * notice and this permission notice shall be included in all copies or substantial portions of the Software.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+ * WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+ * COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+ * OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+ *
+ * Top to bottom, each part calling only what stands above it:
+ *
+ *    1  platform     what differs between systems: includes, sockets, the event backends
+ *    2  addresses    parse, format, pack, keyed hash
+ *    3  loop         objects and their deferred end, timers, descriptors, signals, posts, one turn
+ *    4  datagrams    batches in and out of UDP sockets, local addresses, the send queue
+ *    5  guard, BIO   what may reach libssl, and how
+ *    6  connection   handshake, timers, read, write, close
+ *    7  endpoint     cookies, the connection table, listening, connecting
+ *    8  context      certificates, versions, ciphers, sessions
+ *    9  program      with -DDTLS_MAIN: options, server, client
+ *
+ * A datagram's way in:  udp_readable, ep_input (which peer, or the cookie exchange), conn_input (the guard), bio_read,
+ * libssl, on_event. And out: dtls_conn_send, libssl, bio_write, udp_send, one flush at the end of the turn.
+ */
+
+/* ==== 1. platform ================================================================================================= */
+
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE /* recvmmsg, struct in6_pktinfo */
+#elif defined(__APPLE__)
+#define _DARWIN_C_SOURCE
+#define __APPLE_USE_RFC_3542 /* IPV6_RECVPKTINFO */
+#elif defined(__NetBSD__)
+#define _NETBSD_SOURCE
+#endif
+
+#include "dtls.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <net/if.h>
+#include <netinet/in.h>
+#include <arpa/inet.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <openssl/bio.h>
+#include <openssl/crypto.h>
+#include <openssl/err.h>
+#include <openssl/evp.h>
+#include <openssl/hmac.h>
+#include <openssl/rand.h>
+#include <openssl/ssl.h>
+#include <openssl/x509_vfy.h>
+#include <openssl/x509v3.h>
+
+#if defined(__linux__) && !defined(DTLS_USE_KQUEUE)
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/signalfd.h>
+#else
+#include <sys/event.h>
+#ifndef DTLS_USE_KQUEUE
+#define DTLS_USE_KQUEUE
+#endif
+#endif
+
+#if OPENSSL_VERSION_NUMBER < 0x30000000L
+#define SSL_get1_peer_certificate SSL_get_peer_certificate
+#endif
+
+enum {
+    EVENTS_PER_WAIT = 64,
+    SIGNALS_MAX = 16,
+    POSTS_MAX = 65536,
+    DATAGRAM_MAX = 18432, /* above any DTLS 1.2 record: 13 + 2^14 + 2,048, RFC 6347 section 4.3.1 */
+    BATCH_IN = 32,        /* datagrams per receive call */
+    BATCH_OUT = 64,       /* datagrams, and bytes, queued before an early flush */
+    BATCH_OUT_BYTES = 262144,
+    CONTROL_BYTES = 64 /* ancillary data: one in_pktinfo or in6_pktinfo with its header */
+};
+
+/* Every object that can end inside a callback starts with this: the end of the turn frees it. */
+struct object {
+    struct object *prev, *next;
+    void (*destroy)(struct object *object);
+};
+
+struct timer {
+    int64_t at_us;
+    size_t slot; /* place in the heap, from 1; 0: not set */
+    void (*fn)(void *user);
+    void *user;
+};
+
+struct dtls_timer {
+    struct object object;
+    dtls_loop *loop;
+    struct timer timer;
+};
+
+struct dtls_watch {
+    struct object object;
+    dtls_loop *loop;
+    int fd;
+    unsigned events;
+    bool dead;
+    void (*fn)(void *user, int fd, unsigned events);
+    void *user;
+};
+
+struct signal_watch {
+    int signo; /* 0: free */
+    void (*fn)(void *user, int signo);
+    void *user;
+    dtls_loop *loop;
+    dtls_watch *watch; /* epoll: on a signalfd */
+    bool was_blocked;  /* epoll: put back afterwards */
+    struct sigaction was; /* kqueue: put back afterwards */
+};
+
+struct post {
+    struct post *next;
+    void (*fn)(void *arg);
+    void *arg;
+};
+
+struct dtls_loop {
+    int64_t (*now_us)(void *user);
+    void *clock_user;
+    int fd;      /* epoll or kqueue */
+    int wake[2]; /* eventfd twice, or a pipe, or -1 with EVFILT_USER */
+    unsigned depth;
+    bool polling, stopping;
+    int64_t now; /* when this turn began */
+    struct object live, dead;
+    struct timer **heap; /* from index 1 */
+    size_t heap_len, heap_max, timers;
+    struct signal_watch signals[SIGNALS_MAX];
+    _Atomic(struct post *) posts;
+    atomic_size_t posts_len;
+    struct io *io;
+};
+
+static int64_t clock_monotonic_us(void *user)
+{
+    struct timespec ts;
+    (void)user;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (int64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
+}
+
+static int fd_prepare(int fd)
+{
+    int flags = fcntl(fd, F_GETFL);
+    return flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0 || fcntl(fd, F_SETFD, FD_CLOEXEC) < 0 ? -1 : 0;
+}
+
+static void loop_fire(dtls_watch *w, unsigned events);
+static void loop_signalled(struct signal_watch *s);
+
+/* The backends: six functions each, the same names. backend_wake() is the only one that other threads reach. */
+
+#ifndef DTLS_USE_KQUEUE
+
+static int backend_open(dtls_loop *l)
+{
+    struct epoll_event e = {.events = EPOLLIN, .data.ptr = NULL};
+    l->fd = epoll_create1(EPOLL_CLOEXEC);
+    l->wake[0] = l->wake[1] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    return l->fd < 0 || l->wake[0] < 0 ? -1 : epoll_ctl(l->fd, EPOLL_CTL_ADD, l->wake[0], &e);
+}
+
+static void backend_close(dtls_loop *l)
+{
+    if (l->wake[0] >= 0)
+        close(l->wake[0]);
+    if (l->fd >= 0)
+        close(l->fd);
+}
+
+static void backend_wake(dtls_loop *l)
+{
+    uint64_t one = 1;
+    ssize_t n = write(l->wake[1], &one, sizeof one);
+    (void)n; /* it can only fail when the counter is full, and then the loop wakes anyway */
+}
+
+static int backend_watch(dtls_watch *w, unsigned events)
+{
+    struct epoll_event e = {.data.ptr = w};
+    int op = !w->events ? EPOLL_CTL_ADD : !events ? EPOLL_CTL_DEL : EPOLL_CTL_MOD;
+    if (w->events == events)
+        return 0;
+    e.events = (events & DTLS_READ ? (uint32_t)EPOLLIN : 0) | (events & DTLS_WRITE ? (uint32_t)EPOLLOUT : 0);
+    return epoll_ctl(w->loop->fd, op, w->fd, &e);
+}
+
+static int backend_wait(dtls_loop *l, int timeout_ms)
+{
+    struct epoll_event e[EVENTS_PER_WAIT];
+    int n = epoll_wait(l->fd, e, EVENTS_PER_WAIT, timeout_ms);
+    for (int i = 0; i < n; i++) {
+        if (e[i].data.ptr) {
+            unsigned in = e[i].events & (EPOLLIN | EPOLLERR | EPOLLHUP) ? DTLS_READ : 0;
+            unsigned out = e[i].events & (EPOLLOUT | EPOLLERR | EPOLLHUP) ? DTLS_WRITE : 0;
+            loop_fire(e[i].data.ptr, in | out);
+        } else {
+            uint64_t count;
+            ssize_t r = read(l->wake[0], &count, sizeof count);
+            (void)r; /* only empties the counter */
+        }
+    }
+    return n < 0 && errno != EINTR ? -1 : 0;
+}
+
+static void backend_signal_fd(void *user, int fd, unsigned events)
+{
+    struct signalfd_siginfo info;
+    (void)events;
+    if (read(fd, &info, sizeof info) == sizeof info)
+        loop_signalled(user);
+}
+
+static int backend_signal(struct signal_watch *s, bool on)
+{
+    sigset_t set, old;
+    sigemptyset(&set);
+    sigaddset(&set, s->signo);
+    if (!on) {
+        int fd = s->watch->fd;
+        dtls_watch_free(s->watch);
+        close(fd);
+        return s->was_blocked ? 0 : sigprocmask(SIG_UNBLOCK, &set, NULL);
+    }
+    if (sigprocmask(SIG_BLOCK, &set, &old) != 0)
+        return -1;
+    s->was_blocked = sigismember(&old, s->signo) == 1;
+    int fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
+    s->watch = fd < 0 ? NULL : dtls_watch_new(s->loop, fd, DTLS_READ, backend_signal_fd, s);
+    if (s->watch)
+        return 0;
+    if (fd >= 0)
+        close(fd);
+    if (!s->was_blocked)
+        sigprocmask(SIG_UNBLOCK, &set, NULL);
+    return -1;
+}
+
+#else
+
+static int backend_change(dtls_loop *l, uintptr_t ident, short filter, unsigned short flags, unsigned notes, void *user)
+{
+    struct kevent e;
+    EV_SET(&e, ident, filter, flags, notes, 0, user);
+    return kevent(l->fd, &e, 1, NULL, 0, NULL);
+}
+
+static int backend_open(dtls_loop *l)
+{
+    l->wake[0] = l->wake[1] = -1;
+    l->fd = kqueue();
+    if (l->fd < 0 || fcntl(l->fd, F_SETFD, FD_CLOEXEC) < 0)
+        return -1;
+#ifdef EVFILT_USER
+    return backend_change(l, 0, EVFILT_USER, EV_ADD | EV_CLEAR, 0, NULL);
+#else
+    if (pipe(l->wake) < 0 || fd_prepare(l->wake[0]) < 0 || fd_prepare(l->wake[1]) < 0)
+        return -1;
+    return backend_change(l, (uintptr_t)l->wake[0], EVFILT_READ, EV_ADD, 0, NULL);
+#endif
+}
+
+static void backend_close(dtls_loop *l)
+{
+    for (int i = 0; i < 2; i++)
+        if (l->wake[i] >= 0)
+            close(l->wake[i]);
+    if (l->fd >= 0)
+        close(l->fd);
+}
+
+static void backend_wake(dtls_loop *l)
+{
+#ifdef EVFILT_USER
+    backend_change(l, 0, EVFILT_USER, 0, NOTE_TRIGGER, NULL);
+#else
+    ssize_t n = write(l->wake[1], "", 1);
+    (void)n; /* it can only fail when the pipe is full, and then the loop wakes anyway */
+#endif
+}
+
+static int backend_watch(dtls_watch *w, unsigned events)
+{
+    static const short filter[2] = {EVFILT_READ, EVFILT_WRITE};
+    static const unsigned bit[2] = {DTLS_READ, DTLS_WRITE};
+    for (int i = 0; i < 2; i++) {
+        if ((w->events & bit[i]) == (events & bit[i]))
+            continue;
+        unsigned short flags = events & bit[i] ? EV_ADD : EV_DELETE;
+        if (backend_change(w->loop, (uintptr_t)w->fd, filter[i], flags, 0, w) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+static int backend_wait(dtls_loop *l, int timeout_ms)
+{
+    struct kevent e[EVENTS_PER_WAIT];
+    struct timespec ts = {timeout_ms / 1000, timeout_ms % 1000 * 1000000L};
+    int n = kevent(l->fd, NULL, 0, e, EVENTS_PER_WAIT, timeout_ms < 0 ? NULL : &ts);
+    for (int i = 0; i < n; i++) {
+        if (e[i].filter == EVFILT_SIGNAL) {
+            loop_signalled((void *)e[i].udata);
+        } else if (e[i].udata) {
+            unsigned event = e[i].filter == EVFILT_WRITE ? DTLS_WRITE : DTLS_READ;
+            loop_fire((void *)e[i].udata, event);
+        } else if (l->wake[0] >= 0) {
+            char drain[64];
+            while (read(l->wake[0], drain, sizeof drain) > 0)
+                ;
+        }
+    }
+    return n < 0 && errno != EINTR ? -1 : 0;
+}
+
+/* EVFILT_SIGNAL counts a signal even while it is ignored, so ignoring it is what blocking is to a signalfd. */
+static int backend_signal(struct signal_watch *s, bool on)
+{
+    struct sigaction ignore = {.sa_handler = SIG_IGN};
+    if (!on) {
+        sigaction(s->signo, &s->was, NULL);
+        return backend_change(s->loop, (uintptr_t)s->signo, EVFILT_SIGNAL, EV_DELETE, 0, NULL);
+    }
+    if (sigaction(s->signo, &ignore, &s->was) < 0)
+        return -1;
+    if (backend_change(s->loop, (uintptr_t)s->signo, EVFILT_SIGNAL, EV_ADD, 0, s) == 0)
+        return 0;
+    sigaction(s->signo, &s->was, NULL);
+    return -1;
+}
+
+#endif
+
+/* UDP: the option that makes a wildcard socket tell and choose its local IPv4 address. */
+#ifdef IP_PKTINFO
+#define LOCAL4_RECV IP_PKTINFO
+#define LOCAL4_TYPE IP_PKTINFO
+#else
+#define LOCAL4_RECV IP_RECVDSTADDR
+#define LOCAL4_TYPE IP_RECVDSTADDR
+#define LOCAL4_SEND IP_SENDSRCADDR
+#endif
+
+#ifdef __linux__
+
+typedef struct mmsghdr batch_msg;
+
+static int batch_recv(int fd, batch_msg *msgs, unsigned n)
+{
+    return recvmmsg(fd, msgs, n, 0, NULL);
+}
+
+static int batch_send(int fd, batch_msg *msgs, unsigned n)
+{
+    return sendmmsg(fd, msgs, n, 0);
+}
+
+#else
+
+typedef struct {
+    struct msghdr msg_hdr;
+    unsigned msg_len;
+} batch_msg;
+
+static int batch_recv(int fd, batch_msg *msgs, unsigned n)
+{
+    for (unsigned i = 0; i < n; i++) {
+        ssize_t got = recvmsg(fd, &msgs[i].msg_hdr, 0);
+        if (got < 0)
+            return i ? (int)i : -1;
+        msgs[i].msg_len = (unsigned)got;
+    }
+    return (int)n;
+}
+
+static int batch_send(int fd, batch_msg *msgs, unsigned n)
+{
+    for (unsigned i = 0; i < n; i++)
+        if (sendmsg(fd, &msgs[i].msg_hdr, 0) < 0)
+            return i ? (int)i : -1;
+    return (int)n;
+}
+
+#endif
+
+/* Errors and versions, for all the parts below. */
+
+static int fail(dtls_error *err, int code, const char *format, ...)
+#ifdef __GNUC__
+    __attribute__((format(printf, 3, 4)))
+#endif
+    ;
+
+static int fail(dtls_error *err, int code, const char *format, ...)
+{
+    if (err) {
+        va_list args;
+        va_start(args, format);
+        vsnprintf(err->text, sizeof err->text, format, args);
+        va_end(args);
+        err->code = code;
+    }
+    return code;
+}
+
+const char *dtls_version(void)
+{
+    return DTLS_C_VERSION;
+}
+
+const char *dtls_strerror(int code)
+{
+    static const char *const text[] = {
+        "success",          "bad argument",         "not an address", "out of memory", "system error",     "bad certificate",
+        "OpenSSL refused", "not possible in this state", "message empty or too long", "send queue full", "limit reached"};
+    return code > 0 || code < DTLS_ERR_LIMIT ? "unknown error" : text[-code];
+}
+
+/* ==== 2. addresses ================================================================================================ */
+
+enum { ADDR_PACKED = 24 };
+
+static const uint8_t v4_mapped[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff};
+
+static bool addr_is_wildcard(const dtls_addr *a)
+{
+    static const uint8_t zero[16];
+    return memcmp(a->ip, zero, 16) == 0;
+}
+
+static void addr_set_v6(dtls_addr *a, const struct in6_addr *ip, uint32_t scope)
+{
+    if (memcmp(ip, v4_mapped, 12) == 0) {
+        a->family = 4;
+        memcpy(a->ip, (const uint8_t *)ip + 12, 4);
+        return;
+    }
+    a->family = 6;
+    memcpy(a->ip, ip, 16);
+    a->scope = IN6_IS_ADDR_LINKLOCAL(ip) ? scope : 0;
+}
+
+int dtls_addr_from_sockaddr(dtls_addr *a, const struct sockaddr *sa, size_t len)
+{
+    memset(a, 0, sizeof *a);
+    if (len >= sizeof(struct sockaddr_in) && sa->sa_family == AF_INET) {
+        struct sockaddr_in in;
+        memcpy(&in, sa, sizeof in);
+        a->family = 4;
+        a->port = ntohs(in.sin_port);
+        memcpy(a->ip, &in.sin_addr, 4);
+        return 0;
+    }
+    if (len >= sizeof(struct sockaddr_in6) && sa->sa_family == AF_INET6) {
+        struct sockaddr_in6 in6;
+        memcpy(&in6, sa, sizeof in6);
+        a->port = ntohs(in6.sin6_port);
+        addr_set_v6(a, &in6.sin6_addr, in6.sin6_scope_id);
+        return 0;
+    }
+    return DTLS_ERR_ADDR;
+}
+
+static socklen_t addr_to_sockaddr(const dtls_addr *a, struct sockaddr_storage *ss)
+{
+    memset(ss, 0, sizeof *ss);
+    if (a->family == 4) {
+        struct sockaddr_in in = {.sin_family = AF_INET, .sin_port = htons(a->port)};
+        memcpy(&in.sin_addr, a->ip, 4);
+        memcpy(ss, &in, sizeof in);
+        return sizeof in;
+    }
+    struct sockaddr_in6 in6 = {.sin6_family = AF_INET6, .sin6_port = htons(a->port), .sin6_scope_id = a->scope};
+    memcpy(&in6.sin6_addr, a->ip, 16);
+    memcpy(ss, &in6, sizeof in6);
+    return sizeof in6;
+}
+
+static int addr_parse_port(const char *text, uint16_t *port)
+{
+    unsigned long value = 0;
+    size_t digits = strlen(text);
+    if (digits == 0 || digits > 5 || strspn(text, "0123456789") != digits)
+        return -1;
+    value = strtoul(text, NULL, 10);
+    *port = (uint16_t)value;
+    return value > 65535 ? -1 : 0;
+}
+
+int dtls_addr_parse(dtls_addr *a, const char *text, dtls_error *err)
+{
+    char host[INET6_ADDRSTRLEN + IF_NAMESIZE + 2];
+    bool bracketed = text[0] == '[';
+    const char *end = bracketed ? strchr(text, ']') : strrchr(text, ':');
+    const char *port = end && bracketed ? end + 1 : end;
+    memset(a, 0, sizeof *a);
+
+    if (!bracketed && end && strchr(text, ':') != end)
+        return fail(err, DTLS_ERR_ADDR, "%s: put an IPv6 address in brackets, as in [::1]:1234", text);
+    if (!port || *port != ':')
+        return fail(err, DTLS_ERR_ADDR, "%s: no port; write ADDRESS:PORT, as in 127.0.0.1:1234 or [::1]:1234", text);
+    if (addr_parse_port(port + 1, &a->port) < 0)
+        return fail(err, DTLS_ERR_ADDR, "%s: the port must be a number from 0 to 65535", text);
+
+    const char *start = text + bracketed;
+    size_t len = (size_t)(end - start);
+    if (len >= sizeof host)
+        return fail(err, DTLS_ERR_ADDR, "%s: not an address", text);
+    memcpy(host, start, len);
+    host[len] = 0;
+    if (!bracketed) {
+        a->family = 4;
+        if (inet_pton(AF_INET, host, a->ip) == 1)
+            return 0;
+        return fail(err, DTLS_ERR_ADDR, "%s: not an IPv4 address", text);
+    }
+    struct in6_addr ip;
+    uint32_t scope = 0;
+    char *zone = strchr(host, '%');
+    if (zone) {
+        *zone++ = 0;
+        scope = if_nametoindex(zone);
+        uint16_t index = 0;
+        if (!scope && addr_parse_port(zone, &index) == 0)
+            scope = index; /* "%2": an interface by its index */
+        if (!scope)
+            return fail(err, DTLS_ERR_ADDR, "%s: no interface named %s", text, zone);
+    }
+    if (inet_pton(AF_INET6, host, &ip) != 1)
+        return fail(err, DTLS_ERR_ADDR, "%s: not an IPv6 address", text);
+    addr_set_v6(a, &ip, scope);
+    return 0;
+}
+
+char *dtls_addr_format(const dtls_addr *a, char *buf, size_t size)
+{
+    char ip[INET6_ADDRSTRLEN] = "?", zone[IF_NAMESIZE + 1] = "";
+    if (a->family == 4) {
+        inet_ntop(AF_INET, a->ip, ip, sizeof ip);
+        snprintf(buf, size, "%s:%u", ip, (unsigned)a->port);
+        return buf;
+    }
+    inet_ntop(AF_INET6, a->ip, ip, sizeof ip);
+    if (a->scope) {
+        zone[0] = '%';
+        if (!if_indextoname(a->scope, zone + 1))
+            snprintf(zone, sizeof zone, "%%%u", (unsigned)a->scope);
+    }
+    snprintf(buf, size, "[%s%s]:%u", ip, zone, (unsigned)a->port);
+    return buf;
+}
+
+int dtls_addr_equal(const dtls_addr *a, const dtls_addr *b)
+{
+    return a->family == b->family && a->port == b->port && a->scope == b->scope && memcmp(a->ip, b->ip, 16) == 0;
+}
+
+/* The bytes that are hashed and MACed: the same for the same address on every machine. */
+static void addr_pack(const dtls_addr *a, uint8_t out[ADDR_PACKED])
+{
+    memcpy(out, a->ip, 16);
+    for (int i = 0; i < 4; i++)
+        out[16 + i] = (uint8_t)(a->scope >> (24 - 8 * i));
+    out[20] = (uint8_t)(a->port >> 8);
+    out[21] = (uint8_t)a->port;
+    out[22] = a->family;
+    out[23] = 0;
+}
+
+static uint64_t sip_rotate(uint64_t x, int bits)
+{
+    return x << bits | x >> (64 - bits);
+}
+
+static void sip_round(uint64_t v[4])
+{
+    v[0] += v[1];
+    v[2] += v[3];
+    v[1] = sip_rotate(v[1], 13) ^ v[0];
+    v[3] = sip_rotate(v[3], 16) ^ v[2];
+    v[0] = sip_rotate(v[0], 32);
+    v[2] += v[1];
+    v[0] += v[3];
+    v[1] = sip_rotate(v[1], 17) ^ v[2];
+    v[3] = sip_rotate(v[3], 21) ^ v[0];
+    v[2] = sip_rotate(v[2], 32);
+}
+
+static uint64_t load64(const uint8_t *p, size_t n)
+{
+    uint64_t x = 0;
+    for (size_t i = 0; i < n; i++)
+        x |= (uint64_t)p[i] << (8 * i);
+    return x;
+}
+
+/* SipHash-2-4: peers choose what is hashed, so the hash is keyed or they choose our collisions, too. */
+static uint64_t siphash(const uint8_t key[16], const uint8_t *data, size_t len)
+{
+    uint64_t k0 = load64(key, 8), k1 = load64(key + 8, 8), last = (uint64_t)len << 56;
+    uint64_t v[4] = {k0 ^ 0x736f6d6570736575, k1 ^ 0x646f72616e646f6d, k0 ^ 0x6c7967656e657261, k1 ^ 0x7465646279746573};
+    for (; len >= 8; data += 8, len -= 8) {
+        uint64_t m = load64(data, 8);
+        v[3] ^= m;
+        sip_round(v);
+        sip_round(v);
+        v[0] ^= m;
+    }
+    last |= load64(data, len);
+    v[3] ^= last;
+    sip_round(v);
+    sip_round(v);
+    v[0] ^= last;
+    v[2] ^= 0xff;
+    for (int i = 0; i < 4; i++)
+        sip_round(v);
+    return v[0] ^ v[1] ^ v[2] ^ v[3];
+}
+
+/* ==== 3. loop ===================================================================================================== */
+
+static void list_init(struct object *head)
+{
+    head->prev = head->next = head;
+}
+
+static void list_add(struct object *head, struct object *o)
+{
+    o->prev = head->prev;
+    o->next = head;
+    head->prev->next = o;
+    head->prev = o;
+}
+
+static void list_remove(struct object *o)
+{
+    o->prev->next = o->next;
+    o->next->prev = o->prev;
+}
+
+static void io_flush(dtls_loop *l);
+
+static int64_t loop_now(const dtls_loop *l)
+{
+    return l->now_us(l->clock_user);
+}
+
+/* Everything that may run a callback or queue a datagram happens between enter and leave; the outermost leave ends the
+ * turn. So a send outside any turn goes out at once, and one inside goes out with all others. */
+static void loop_enter(dtls_loop *l)
+{
+    if (l->depth++ == 0)
+        l->now = loop_now(l);
+}
+
+static void loop_leave(dtls_loop *l)
+{
+    if (l->depth == 1) {
+        io_flush(l);
+        while (l->dead.next != &l->dead) {
+            struct object *o = l->dead.next;
+            list_remove(o);
+            o->destroy(o);
+        }
+    }
+    l->depth--;
+}
+
+/* Takes an object off the list it lives on; the end of the turn destroys it. */
+static void loop_bury(dtls_loop *l, struct object *o)
+{
+    list_remove(o);
+    list_add(&l->dead, o);
+}
+
+/* Timers: a binary heap. Room is reserved when a timer is made, so that setting one cannot fail. */
+
+static int timer_init(dtls_loop *l, struct timer *t, void (*fn)(void *user), void *user)
+{
+    if (l->timers + 1 >= l->heap_max) {
+        size_t max = l->heap_max ? l->heap_max * 2 : 64;
+        struct timer **heap = realloc(l->heap, max * sizeof *heap);
+        if (!heap)
+            return DTLS_ERR_MEMORY;
+        l->heap = heap;
+        l->heap_max = max;
+    }
+    l->timers++;
+    *t = (struct timer){.fn = fn, .user = user};
+    return 0;
+}
+
+static void timer_place(dtls_loop *l, struct timer *t, size_t slot)
+{
+    l->heap[slot] = t;
+    t->slot = slot;
+}
+
+static void timer_sift(dtls_loop *l, struct timer *t, size_t slot)
+{
+    for (; slot > 1 && l->heap[slot / 2]->at_us > t->at_us; slot /= 2)
+        timer_place(l, l->heap[slot / 2], slot);
+    for (size_t child; (child = slot * 2) <= l->heap_len; slot = child) {
+        if (child < l->heap_len && l->heap[child + 1]->at_us < l->heap[child]->at_us)
+            child++;
+        if (l->heap[child]->at_us >= t->at_us)
+            break;
+        timer_place(l, l->heap[child], slot);
+    }
+    timer_place(l, t, slot);
+}
+
+static void timer_stop(dtls_loop *l, struct timer *t)
+{
+    size_t slot = t->slot;
+    if (!slot)
+        return;
+    struct timer *last = l->heap[l->heap_len--];
+    t->slot = 0;
+    if (last != t)
+        timer_sift(l, last, slot);
+}
+
+static void timer_set(dtls_loop *l, struct timer *t, int64_t at_us)
+{
+    size_t slot = t->slot ? t->slot : ++l->heap_len;
+    t->at_us = at_us;
+    timer_sift(l, t, slot);
+}
+
+static void timer_done(dtls_loop *l, struct timer *t)
+{
+    timer_stop(l, t);
+    l->timers--;
+}
+
+/* At most as many as were set when it began: a timer that sets itself to now cannot hold the loop. */
+static void timer_run(dtls_loop *l)
+{
+    int64_t now = loop_now(l);
+    for (size_t left = l->heap_len; left > 0 && l->heap_len > 0 && l->heap[1]->at_us <= now; left--) {
+        struct timer *t = l->heap[1];
+        timer_stop(l, t);
+        t->fn(t->user);
+    }
+}
+
+static void timer_destroy(struct object *o)
+{
+    free(o);
+}
+
+dtls_timer *dtls_timer_new(dtls_loop *l, void (*fn)(void *user), void *user)
+{
+    dtls_timer *t = calloc(1, sizeof *t);
+    if (!t || timer_init(l, &t->timer, fn, user) < 0) {
+        free(t);
+        return NULL;
+    }
+    t->loop = l;
+    t->object.destroy = timer_destroy;
+    list_add(&l->live, &t->object);
+    return t;
+}
+
+void dtls_timer_set(dtls_timer *t, int64_t delay_ms)
+{
+    if (delay_ms < 0)
+        timer_stop(t->loop, &t->timer);
+    else
+        timer_set(t->loop, &t->timer, loop_now(t->loop) + delay_ms * 1000);
+}
+
+static void timer_free(struct object *o)
+{
+    dtls_timer *t = (dtls_timer *)o;
+    timer_done(t->loop, &t->timer);
+    loop_bury(t->loop, o);
+}
+
+void dtls_timer_free(dtls_timer *t)
+{
+    if (!t)
+        return;
+    dtls_loop *l = t->loop;
+    loop_enter(l);
+    timer_free(&t->object);
+    loop_leave(l);
+}
+
+/* Descriptors. */
+
+static void loop_fire(dtls_watch *w, unsigned events)
+{
+    events &= w->events;
+    if (!w->dead && events)
+        w->fn(w->user, w->fd, events);
+}
+
+static void watch_destroy(struct object *o)
+{
+    free(o);
+}
+
+dtls_watch *dtls_watch_new(dtls_loop *l, int fd, unsigned events, void (*fn)(void *user, int fd, unsigned events),
+                           void *user)
+{
+    dtls_watch *w = calloc(1, sizeof *w);
+    if (!w)
+        return NULL;
+    *w = (dtls_watch){.object.destroy = watch_destroy, .loop = l, .fd = fd, .fn = fn, .user = user};
+    if (dtls_watch_set(w, events) < 0) {
+        free(w);
+        return NULL;
+    }
+    list_add(&l->live, &w->object);
+    return w;
+}
+
+int dtls_watch_set(dtls_watch *w, unsigned events)
+{
+    if (backend_watch(w, events) < 0)
+        return DTLS_ERR_SYSTEM;
+    w->events = events;
+    return 0;
+}
+
+void dtls_watch_free(dtls_watch *w)
+{
+    if (!w || w->dead)
+        return;
+    dtls_loop *l = w->loop;
+    loop_enter(l);
+    backend_watch(w, 0);
+    w->dead = true; /* events of this turn may still name it */
+    loop_bury(l, &w->object);
+    loop_leave(l);
+}
+
+/* Signals and posts. */
+
+static void loop_signalled(struct signal_watch *s)
+{
+    if (s->fn)
+        s->fn(s->user, s->signo);
+}
+
+int dtls_loop_signal(dtls_loop *l, int signo, void (*fn)(void *user, int signo), void *user)
+{
+    struct signal_watch *slot = NULL;
+    for (struct signal_watch *s = l->signals; s < l->signals + SIGNALS_MAX; s++)
+        if (s->signo == signo || (!s->signo && !slot))
+            slot = s;
+    if (!slot)
+        return DTLS_ERR_LIMIT;
+    if (!fn && !slot->signo)
+        return 0;
+    if (!fn) {
+        int r = backend_signal(slot, false);
+        *slot = (struct signal_watch){0};
+        return r < 0 ? DTLS_ERR_SYSTEM : 0;
+    }
+    bool known = slot->signo != 0;
+    *slot = known ? *slot : (struct signal_watch){.signo = signo, .loop = l};
+    slot->fn = fn;
+    slot->user = user;
+    if (known || backend_signal(slot, true) == 0)
+        return 0;
+    *slot = (struct signal_watch){0};
+    return DTLS_ERR_SYSTEM;
+}
+
+/* A stack that any thread pushes to; the loop takes it whole and turns it round. */
+int dtls_loop_post(dtls_loop *l, void (*fn)(void *arg), void *arg)
+{
+    struct post *p = malloc(sizeof *p);
+    if (!p)
+        return DTLS_ERR_MEMORY;
+    if (atomic_fetch_add(&l->posts_len, 1) >= POSTS_MAX) {
+        atomic_fetch_sub(&l->posts_len, 1);
+        free(p);
+        return DTLS_ERR_AGAIN;
+    }
+    *p = (struct post){.fn = fn, .arg = arg, .next = atomic_load(&l->posts)};
+    while (!atomic_compare_exchange_weak(&l->posts, &p->next, p))
+        ;
+    backend_wake(l);
+    return 0;
+}
+
+static void loop_run_posts(dtls_loop *l, bool call)
+{
+    struct post *p = atomic_exchange(&l->posts, NULL), *ordered = NULL;
+    while (p) {
+        struct post *next = p->next;
+        p->next = ordered;
+        ordered = p;
+        p = next;
+    }
+    while ((p = ordered) != NULL) {
+        ordered = p->next;
+        atomic_fetch_sub(&l->posts_len, 1);
+        if (call)
+            p->fn(p->arg);
+        free(p);
+    }
+}
+
+/* The loop. */
+
+dtls_loop *dtls_loop_new(const dtls_loop_config *config)
+{
+    dtls_loop *l = calloc(1, sizeof *l);
+    if (!l)
+        return NULL;
+    l->now_us = config && config->now_us ? config->now_us : clock_monotonic_us;
+    l->clock_user = config ? config->user : NULL;
+    list_init(&l->live);
+    list_init(&l->dead);
+    l->fd = l->wake[0] = l->wake[1] = -1;
+    if (backend_open(l) == 0)
+        return l;
+    backend_close(l);
+    free(l);
+    return NULL;
+}
+
+int dtls_loop_fd(const dtls_loop *l)
+{
+    return l->fd;
+}
+
+int64_t dtls_loop_now(const dtls_loop *l)
+{
+    return loop_now(l);
+}
+
+int dtls_loop_timeout(dtls_loop *l)
+{
+    if (atomic_load(&l->posts))
+        return 0;
+    if (!l->heap_len)
+        return -1;
+    int64_t left = l->heap[1]->at_us - loop_now(l);
+    if (left <= 0)
+        return 0;
+    left = (left + 999) / 1000; /* up: waking too early would spin */
+    return left > INT_MAX ? INT_MAX : (int)left;
+}
+
+int dtls_loop_poll(dtls_loop *l, int timeout_ms)
+{
+    if (l->depth)
+        return DTLS_ERR_STATE;
+    int next = dtls_loop_timeout(l);
+    if (next >= 0 && (timeout_ms < 0 || next < timeout_ms))
+        timeout_ms = next;
+    loop_enter(l);
+    l->polling = true;
+    int r = backend_wait(l, timeout_ms);
+    l->now = loop_now(l);
+    loop_run_posts(l, true);
+    timer_run(l);
+    l->polling = false;
+    loop_leave(l);
+    return r < 0 ? DTLS_ERR_SYSTEM : 0;
+}
+
+int dtls_loop_run(dtls_loop *l)
+{
+    int r = 0;
+    if (l->depth)
+        return DTLS_ERR_STATE;
+    while (!l->stopping && r == 0)
+        r = dtls_loop_poll(l, -1);
+    l->stopping = false;
+    return r;
+}
+
+void dtls_loop_stop(dtls_loop *l)
+{
+    l->stopping = true;
+}
+
+static void ep_free(struct object *o);
+
+void dtls_loop_free(dtls_loop *l)
+{
+    if (!l)
+        return;
+    loop_enter(l);
+    for (struct signal_watch *s = l->signals; s < l->signals + SIGNALS_MAX; s++)
+        if (s->signo)
+            backend_signal(s, false);
+    for (;;) { /* each kind has its own way to end; endpoints run callbacks, which may make or end others */
+        struct object *o = l->live.next;
+        if (o == &l->live)
+            break;
+        if (o->destroy == watch_destroy)
+            dtls_watch_free((dtls_watch *)o);
+        else if (o->destroy == timer_destroy)
+            timer_free(o);
+        else
+            ep_free(o);
+    }
+    loop_leave(l);
+    loop_run_posts(l, false);
+    backend_close(l);
+    free(l->heap);
+    free(l->io);
+    free(l);
+}
+
+/* ==== 4. datagrams ================================================================================================ */
+
+/* What the system would not take yet, per socket, bounded by config.send_queue_bytes. */
+struct backlog {
+    struct backlog *next;
+    dtls_addr from, to;
+    size_t len;
+    uint8_t data[];
+};
+
+struct udp {
+    struct object object;
+    dtls_endpoint *ep;
+    dtls_conn *conn; /* a client's own connected socket; NULL: a listening one */
+    dtls_watch *watch;
+    int fd;
+    dtls_addr local;
+    bool wildcard;
+    struct backlog *first, **last;
+    size_t backlog_bytes;
+};
+
+struct control {
+    _Alignas(struct cmsghdr) uint8_t bytes[CONTROL_BYTES];
+};
+
+struct outgoing {
+    struct udp *udp;
+    dtls_addr from, to;
+    const uint8_t *data;
+    size_t len;
+};
+
+/* One per loop, as large as the batches; pages never touched cost nothing. */
+struct io {
+    uint8_t in[BATCH_IN][DATAGRAM_MAX];
+    struct sockaddr_storage in_from[BATCH_IN];
+    struct control in_control[BATCH_IN];
+    struct iovec in_iov[BATCH_IN];
+    batch_msg in_msgs[BATCH_IN];
+
+    struct outgoing out[BATCH_OUT];
+    unsigned out_len;
+    size_t out_used;
+    uint8_t out_bytes[BATCH_OUT_BYTES];
+};
+
+static void ep_input(dtls_endpoint *ep, struct udp *u, const uint8_t *p, size_t n, const dtls_addr *from,
+                     const dtls_addr *to);
+static void ep_count(dtls_endpoint *ep, dtls_drop reason);
+static const dtls_config *ep_config(const dtls_endpoint *ep);
+static void udp_error(struct udp *u, int error);
+
+/* Puts the local address that the datagram must leave from into the ancillary data. */
+static void udp_put_local(struct msghdr *m, struct control *c, const dtls_addr *from)
+{
+    memset(c, 0, sizeof *c);
+    m->msg_control = c->bytes;
+    m->msg_controllen = sizeof c->bytes;
+    struct cmsghdr *h = CMSG_FIRSTHDR(m);
+    if (from->family == 4) {
+        h->cmsg_level = IPPROTO_IP;
+#ifdef IP_PKTINFO
+        struct in_pktinfo info = {0};
+        h->cmsg_type = IP_PKTINFO;
+        memcpy(&info.ipi_spec_dst, from->ip, 4);
+#else
+        struct in_addr info;
+        h->cmsg_type = LOCAL4_SEND;
+        memcpy(&info, from->ip, 4);
+#endif
+        h->cmsg_len = CMSG_LEN(sizeof info);
+        m->msg_controllen = CMSG_SPACE(sizeof info);
+        memcpy(CMSG_DATA(h), &info, sizeof info);
+    } else {
+        struct in6_pktinfo info = {0};
+        h->cmsg_level = IPPROTO_IPV6;
+        h->cmsg_type = IPV6_PKTINFO;
+        memcpy(&info.ipi6_addr, from->ip, 16);
+        info.ipi6_ifindex = from->scope;
+        h->cmsg_len = CMSG_LEN(sizeof info);
+        m->msg_controllen = CMSG_SPACE(sizeof info);
+        memcpy(CMSG_DATA(h), &info, sizeof info);
+    }
+}
+
+/* The address that a datagram to a wildcard socket was sent to; false: not one of ours (multicast, broadcast). */
+static bool udp_get_local(struct msghdr *m, dtls_addr *to)
+{
+    for (struct cmsghdr *h = CMSG_FIRSTHDR(m); h; h = CMSG_NXTHDR(m, h)) {
+        if (h->cmsg_level == IPPROTO_IP && h->cmsg_type == LOCAL4_TYPE) {
+#ifdef IP_PKTINFO
+            struct in_pktinfo info;
+            memcpy(&info, CMSG_DATA(h), sizeof info);
+            memcpy(to->ip, &info.ipi_spec_dst, 4);
+            return memcmp(&info.ipi_spec_dst, &info.ipi_addr, 4) == 0;
+#else
+            memcpy(to->ip, CMSG_DATA(h), 4);
+            return true;
+#endif
+        }
+        if (h->cmsg_level == IPPROTO_IPV6 && h->cmsg_type == IPV6_PKTINFO) {
+            struct in6_pktinfo info;
+            memcpy(&info, CMSG_DATA(h), sizeof info);
+            addr_set_v6(to, &info.ipi6_addr, (uint32_t)info.ipi6_ifindex);
+            return !IN6_IS_ADDR_MULTICAST(&info.ipi6_addr);
+        }
+    }
+    return false;
+}
+
+static void udp_fill(struct udp *u, struct msghdr *m, struct iovec *iov, struct sockaddr_storage *ss, struct control *c,
+                     const struct outgoing *o)
+{
+    iov->iov_base = (void *)(uintptr_t)o->data; /* sendmsg only reads it */
+    iov->iov_len = o->len;
+    *m = (struct msghdr){.msg_iov = iov, .msg_iovlen = 1};
+    if (u->conn)
+        return;
+    m->msg_namelen = addr_to_sockaddr(&o->to, ss);
+    m->msg_name = ss;
+    if (u->wildcard)
+        udp_put_local(m, c, &o->from);
+}
+
+/* Sends up to BATCH_OUT; returns how many are done with: taken by the system or given up. Less: it takes no more now. */
+static unsigned udp_send_batch(struct udp *u, const struct outgoing *o, unsigned n)
+{
+    batch_msg msgs[BATCH_OUT];
+    struct iovec iov[BATCH_OUT];
+    struct sockaddr_storage to[BATCH_OUT];
+    struct control control[BATCH_OUT];
+    unsigned done = 0;
+    bool again = false; /* a pending error of an earlier datagram was reported, not one of this */
+    for (unsigned i = 0; i < n; i++)
+        udp_fill(u, &msgs[i].msg_hdr, &iov[i], &to[i], &control[i], &o[i]);
+    while (done < n) {
+        int sent = batch_send(u->fd, msgs + done, n - done);
+        if (sent > 0) {
+            done += (unsigned)sent;
+            again = false;
+        } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
+            break;
+        } else if (errno == ECONNREFUSED && !again) {
+            udp_error(u, errno);
+            again = true;
+        } else if (errno != EINTR) {
+            udp_error(u, errno);
+            ep_count(u->ep, DTLS_DROP_SEND);
+            done++;
+            again = false;
+        }
+    }
+    return done;
+}
+
+static int backlog_add(struct udp *u, const void *data, size_t len, const dtls_addr *from, const dtls_addr *to)
+{
+    size_t room = (size_t)ep_config(u->ep)->send_queue_bytes;
+    if (len > room || u->backlog_bytes > room - len)
+        return DTLS_ERR_AGAIN;
+    struct backlog *b = malloc(sizeof *b + len);
+    if (!b)
+        return DTLS_ERR_AGAIN;
+    *b = (struct backlog){.from = *from, .to = *to, .len = len};
+    memcpy(b->data, data, len);
+    if (!u->first)
+        dtls_watch_set(u->watch, DTLS_READ | DTLS_WRITE);
+    *u->last = b;
+    u->last = &b->next;
+    u->backlog_bytes += len;
+    return 0;
+}
+
+static void backlog_drop_first(struct udp *u)
+{
+    struct backlog *b = u->first;
+    u->first = b->next;
+    u->backlog_bytes -= b->len;
+    if (!u->first)
+        u->last = &u->first;
+    free(b);
+}
+
+static void udp_writable(struct udp *u)
+{
+    while (u->first) {
+        struct backlog *b = u->first;
+        struct outgoing o = {.udp = u, .from = b->from, .to = b->to, .data = b->data, .len = b->len};
+        if (udp_send_batch(u, &o, 1) == 0)
+            return;
+        backlog_drop_first(u);
+    }
+    dtls_watch_set(u->watch, DTLS_READ);
+}
+
+/* The end of every turn: what was queued leaves, one system call for each run of datagrams on the same socket. */
+static void io_flush(dtls_loop *l)
+{
+    struct io *io = l->io;
+    if (!io || !io->out_len)
+        return;
+    for (unsigned i = 0, j; i < io->out_len; i = j) {
+        struct udp *u = io->out[i].udp;
+        for (j = i + 1; j < io->out_len && io->out[j].udp == u; j++)
+            ;
+        for (unsigned k = i + udp_send_batch(u, &io->out[i], j - i); k < j; k++) {
+            const struct outgoing *o = &io->out[k];
+            if (backlog_add(u, o->data, o->len, &o->from, &o->to) != 0)
+                ep_count(u->ep, DTLS_DROP_SEND);
+        }
+    }
+    io->out_len = 0;
+    io->out_used = 0;
+}
+
+/* Queues one datagram; DTLS_ERR_AGAIN: the socket's backlog is full. */
+static int udp_send(dtls_loop *l, struct udp *u, const void *data, size_t len, const dtls_addr *from,
+                    const dtls_addr *to)
+{
+    struct io *io = l->io;
+    if (io->out_len == BATCH_OUT || len > sizeof io->out_bytes - io->out_used)
+        io_flush(l);
+    if (u->first)
+        return backlog_add(u, data, len, from, to);
+    uint8_t *copy = io->out_bytes + io->out_used;
+    memcpy(copy, data, len);
+    io->out_used += len;
+    io->out[io->out_len++] = (struct outgoing){.udp = u, .from = *from, .to = *to, .data = copy, .len = len};
+    return 0;
+}
+
+static void udp_receive_one(struct udp *u, batch_msg *m, const uint8_t *data)
+{
+    dtls_addr from, to = u->local;
+    if (m->msg_hdr.msg_flags & MSG_TRUNC) {
+        ep_count(u->ep, DTLS_DROP_OVERSIZE);
+        return;
+    }
+    if (dtls_addr_from_sockaddr(&from, m->msg_hdr.msg_name, m->msg_hdr.msg_namelen) != 0 || from.port == 0 ||
+        (u->wildcard && !udp_get_local(&m->msg_hdr, &to))) {
+        ep_count(u->ep, DTLS_DROP_STRANGER);
+        return;
+    }
+    ep_input(u->ep, u, data, m->msg_len, &from, &to);
+}
+
+static void udp_readable(struct udp *u)
+{
+    struct io *io = u->watch->loop->io;
+    unsigned left = (unsigned)ep_config(u->ep)->datagrams_per_turn;
+    while (left > 0 && !u->watch->dead) {
+        unsigned want = left < BATCH_IN ? left : BATCH_IN;
+        for (unsigned i = 0; i < want; i++) {
+            struct msghdr *m = &io->in_msgs[i].msg_hdr;
+            io->in_iov[i] = (struct iovec){io->in[i], DATAGRAM_MAX};
+            *m = (struct msghdr){.msg_name = &io->in_from[i], .msg_namelen = sizeof io->in_from[i],
+                                 .msg_iov = &io->in_iov[i], .msg_iovlen = 1};
+            if (u->wildcard) {
+                m->msg_control = io->in_control[i].bytes;
+                m->msg_controllen = CONTROL_BYTES;
+            }
+        }
+        int got = batch_recv(u->fd, io->in_msgs, want);
+        if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
+            return;
+        if (got < 0) { /* an ICMP report or the like: it is gone once read, what stands behind it is not */
+            if (errno != EINTR)
+                udp_error(u, errno);
+            left--;
+            continue;
+        }
+        for (int i = 0; i < got && !u->watch->dead; i++)
+            udp_receive_one(u, &io->in_msgs[i], io->in[i]);
+        if ((unsigned)got < want)
+            return;
+        left -= (unsigned)got;
+    }
+}
+
+static void udp_event(void *user, int fd, unsigned events)
+{
+    struct udp *u = user;
+    (void)fd;
+    if (events & DTLS_WRITE)
+        udp_writable(u);
+    if (events & DTLS_READ)
+        udp_readable(u);
+}
+
+static void udp_destroy(struct object *o)
+{
+    struct udp *u = (struct udp *)o;
+    while (u->first)
+        backlog_drop_first(u);
+    close(u->fd);
+    free(u);
+}
+
+static void udp_free(struct udp *u)
+{
+    dtls_loop *l = u->watch->loop;
+    dtls_watch_free(u->watch);
+    loop_bury(l, &u->object);
+}
+
+/* Options before bind: IPv6 only, the local address with each datagram, buffers. */
+static int udp_options(struct udp *u, const dtls_config *cfg)
+{
+    int one = 1, bytes = cfg->socket_buffer_bytes;
+    setsockopt(u->fd, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof bytes); /* a wish: the system caps it */
+    setsockopt(u->fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
+    if (u->local.family == 6 && setsockopt(u->fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one) < 0)
+        return -1;
+    if (!u->wildcard)
+        return 0;
+    if (u->local.family == 6)
+        return setsockopt(u->fd, IPPROTO_IPV6, IPV6_RECVPKTINFO, &one, sizeof one);
+    return setsockopt(u->fd, IPPROTO_IP, LOCAL4_RECV, &one, sizeof one);
+}
+
+/* A socket bound to local, or (peer given) one connected to the peer: a client's own socket, so that the system sorts
+ * datagrams and reports ICMP errors. The address it got ends up in u->local. */
+static struct udp *udp_open(dtls_loop *l, dtls_endpoint *ep, struct object *list, const dtls_addr *local,
+                            const dtls_addr *peer)
+{
+    struct sockaddr_storage ss;
+    const dtls_addr *a = peer ? peer : local;
+    socklen_t len = addr_to_sockaddr(a, &ss);
+    struct udp *u = calloc(1, sizeof *u);
+    if (!l->io)
+        l->io = calloc(1, sizeof *l->io);
+    if (!u || !l->io) {
+        free(u);
+        errno = ENOMEM;
+        return NULL;
+    }
+    u->object.destroy = udp_destroy;
+    u->ep = ep;
+    u->last = &u->first;
+    u->local = *a;
+    u->wildcard = !peer && addr_is_wildcard(local);
+    u->fd = socket(a->family == 4 ? AF_INET : AF_INET6, SOCK_DGRAM, 0);
+    if (u->fd >= 0 && fd_prepare(u->fd) == 0 && udp_options(u, ep_config(ep)) == 0 &&
+        (peer ? connect(u->fd, (struct sockaddr *)&ss, len) : bind(u->fd, (struct sockaddr *)&ss, len)) == 0 &&
+        (len = sizeof ss, getsockname(u->fd, (struct sockaddr *)&ss, &len)) == 0 &&
+        dtls_addr_from_sockaddr(&u->local, (struct sockaddr *)&ss, len) == 0 &&
+        (u->watch = dtls_watch_new(l, u->fd, DTLS_READ, udp_event, u)) != NULL) {
+        list_add(list, &u->object);
+        return u;
+    }
+    int error = errno;
+    if (u->fd >= 0)
+        close(u->fd);
+    free(u);
+    errno = error;
+    return NULL;
+}
+
+/* ==== 5. guard and BIO ============================================================================================ */
+
+enum {
+    RECORD_HEADER = 13, /* type, version, epoch, sequence number, length: RFC 6347 section 4.1 */
+    RECORD_BODY_MAX = 16384 + 256,
+    HANDSHAKE_HEADER = 12, /* type, length, message_seq, fragment offset, fragment length: section 4.2.2 */
+    HANDSHAKE_LENGTH_MAX = 32768, /* a long certificate chain */
+    HANDSHAKE_SEQ_MAX = 32, /* no DTLS 1.2 handshake has so many messages */
+    HELLO_RANDOM = 32,
+    HELLO_SEQUENCE_MAX = 0xffff, /* libssl goes on counting from the ClientHello's record */
+    EARLY_RECORDS = 6,           /* protected records kept ahead of their keys: libssl buffers them unauthenticated */
+    OVERHEAD_MAX = 24,           /* explicit nonce and tag of GCM and CCM; ChaCha20-Poly1305 and CCM_8 have 16 */
+    OVERHEAD_MIN = 16,
+
+    TYPE_CCS = 20,
+    TYPE_ALERT = 21,
+    TYPE_HANDSHAKE = 22,
+    TYPE_DATA = 23,
+    CLIENT_HELLO = 1,
+
+    COOKIE_BYTES = 16, /* keeps a HelloVerifyRequest (44 bytes) below any ClientHello */
+    COOKIE_SECRET = 32,
+    HINT_GRACE_MS = 3000, /* silence that makes an unauthenticated refusal credible */
+    QUIET_MS = 1000,      /* no traffic for so long: libssl's record buffers, 33 KB, go back */
+    MTU_FALLBACK_1 = 1280,
+    MTU_FALLBACK_2 = 576,
+    IP4_UDP_HEADERS = 28,
+    IP6_UDP_HEADERS = 48,
+    NAME_MAX_BYTES = 64, /* ub-common-name, RFC 5280 appendix A */
+    REASON_BYTES = 160
+};
+
+struct record {
+    const uint8_t *start, *body;
+    size_t size, body_len; /* size: header included */
+    unsigned type, epoch;
+    uint64_t sequence;
+};
+
+enum conn_state { CONN_HANDSHAKE, CONN_OPEN, CONN_CLOSED };
+
+struct dtls_conn {
+    struct object object;
+    dtls_endpoint *ep;
+    dtls_loop *loop;
+    dtls_conn *hash_next;
+    dtls_conn *prev, *next; /* the endpoint's list; an ended one's next stays, for those who walk it */
+    SSL *ssl;
+    struct udp *udp; /* the socket it speaks through; NULL: a transport of the user's own */
+    dtls_addr peer, local;
+    struct timer timer; /* the earliest of all deadlines */
+    enum conn_state state;
+    bool server, resumed;
+
+    const uint8_t *in; /* the datagram libssl may read, borrowed */
+    size_t in_len;
+    bool in_renumber, in_peek;
+    uint64_t in_sequence; /* next number for a renumbered record */
+    unsigned early, fallbacks;
+    bool output; /* libssl wrote a datagram since this was cleared */
+
+    uint8_t hello_random[HELLO_RANDOM];
+    size_t overhead;
+    int64_t started, deadline; /* microseconds, as all times here */
+    int64_t hint_at;           /* when somebody claimed that the peer refuses us; 0: nobody */
+    bool heard;                /* a plausible record came */
+    bool buffers, used;        /* libssl's record buffers are there; were used since the timer last looked */
+    int64_t last_in, idle_raised;
+    uint64_t messages_in, messages_out, bytes_in, bytes_out;
+
+    dtls_reason reason;
+    char hint[REASON_BYTES], text[REASON_BYTES], peer_name[NAME_MAX_BYTES + 1];
+    void *user;
+};
+
+struct dtls_endpoint {
+    struct object object;
+    dtls_loop *loop;
+    dtls_config cfg;
+    SSL_CTX *ctx;
+    BIO_METHOD *bio_method;
+    BIO_ADDR *listen_addr; /* DTLSv1_listen insists on one */
+    dtls_conn *spare;      /* answers ClientHellos; becomes the connection once a cookie proves right */
+    bool listening, sending, closed;
+    struct object sockets;
+    dtls_conn *first, *last;
+    dtls_conn **table;
+    size_t table_size;
+    uint8_t hash_key[16];
+    uint8_t secret[2][COOKIE_SECRET]; /* this one and the one before */
+    int64_t secret_at;
+    dtls_counters counters;
+};
+
+static void ep_count(dtls_endpoint *ep, dtls_drop reason)
+{
+    ep->counters.dropped[reason]++;
+}
+
+static const dtls_config *ep_config(const dtls_endpoint *ep)
+{
+    return &ep->cfg;
+}
+
+static unsigned load16(const uint8_t *p)
+{
+    return (unsigned)p[0] << 8 | p[1];
+}
+
+static unsigned load24(const uint8_t *p)
+{
+    return (unsigned)p[0] << 16 | (unsigned)p[1] << 8 | p[2];
+}
+
+static bool record_parse(const uint8_t *p, size_t n, struct record *r)
+{
+    if (n < RECORD_HEADER || p[0] < TYPE_CCS || p[0] > TYPE_DATA || p[1] != 0xfe || (p[2] != 0xff && p[2] != 0xfd))
+        return false;
+    r->type = p[0];
+    r->epoch = load16(p + 3);
+    r->sequence = 0;
+    for (int i = 5; i < 11; i++)
+        r->sequence = r->sequence << 8 | p[i];
+    r->body_len = load16(p + 11);
+    r->start = p;
+    r->body = p + RECORD_HEADER;
+    r->size = RECORD_HEADER + r->body_len;
+    return r->body_len > 0 && r->body_len <= RECORD_BODY_MAX && r->body_len <= n - RECORD_HEADER;
+}
+
+/* Handshake messages a peer may send unprotected; a ClientHello is only let through to the cookie exchange. */
+static bool guard_message_type(unsigned type, bool server)
+{
+    static const uint32_t to_server = 1u << 1 | 1u << 11 | 1u << 15 | 1u << 16;
+    static const uint32_t to_client = 1u << 2 | 1u << 3 | 1u << 4 | 1u << 11 | 1u << 12 | 1u << 13 | 1u << 14 | 1u << 22;
+    return type < 32 && ((server ? to_server : to_client) >> type & 1);
+}
+
+/* libssl ends the handshake over a fragment that lies about its place or size; nothing in a real one does. */
+static bool guard_handshake(const struct record *r, bool server)
+{
+    const uint8_t *p = r->body;
+    size_t left = r->body_len;
+    while (left >= HANDSHAKE_HEADER) {
+        unsigned length = load24(p + 1), offset = load24(p + 6), fragment = load24(p + 9);
+        if (!guard_message_type(p[0], server) || load16(p + 4) > HANDSHAKE_SEQ_MAX || length > HANDSHAKE_LENGTH_MAX ||
+            offset > length || fragment > length - offset || (fragment == 0 && length > 0) ||
+            fragment > left - HANDSHAKE_HEADER)
+            return false;
+        p += HANDSHAKE_HEADER + fragment;
+        left -= HANDSHAKE_HEADER + fragment;
+    }
+    return left == 0;
+}
+
+/* Anybody can claim that the peer refuses us: a plaintext alert, an ICMP message. libssl never sees the claim. It is
+ * believed only if nothing plausible follows for HINT_GRACE_MS, so that a forger cannot stop a handshake that goes on,
+ * and a real refusal is still reported as such. */
+static void guard_hint(dtls_conn *c, const char *format, const char *what)
+{
+    if (!c->hint_at)
+        c->hint_at = loop_now(c->loop);
+    snprintf(c->hint, sizeof c->hint, format, what);
+}
+
+/* What may pass in a handshake. The attacks that each line stops are tried in the tests. */
+static int guard_in_handshake(dtls_conn *c, const struct record *r)
+{
+    if (r->epoch == 0) {
+        switch (r->type) {
+        case TYPE_DATA:
+            return DTLS_DROP_DATA;
+        case TYPE_ALERT:
+            if (r->body_len == 2 && (r->body[0] == SSL3_AL_FATAL || r->body[1] == SSL_AD_CLOSE_NOTIFY))
+                guard_hint(c, "refused by the peer: %s", SSL_alert_desc_string_long(r->body[1]));
+            return DTLS_DROP_ALERT;
+        case TYPE_CCS:
+            return r->body_len == 1 && r->body[0] == 1 ? -1 : DTLS_DROP_HANDSHAKE;
+        default:
+            return guard_handshake(r, c->server) ? -1 : DTLS_DROP_HANDSHAKE;
+        }
+    }
+    if (r->epoch != 1)
+        return DTLS_DROP_EPOCH;
+    if (r->type == TYPE_CCS)
+        return DTLS_DROP_HANDSHAKE;
+    if (r->body_len < OVERHEAD_MAX) /* the suite may not be known yet; the Finished and what follows is longer anyway */
+        return DTLS_DROP_SHORT;
+    /* Once libssl has the peer's keys it drops what they do not open. Before, it keeps such records unread. */
+    OSSL_HANDSHAKE_STATE state = SSL_get_state(c->ssl);
+    if (state == TLS_ST_SR_CHANGE || state == TLS_ST_CR_CHANGE)
+        return -1;
+    return c->early++ < EARLY_RECORDS ? -1 : DTLS_DROP_EARLY;
+}
+
+/* -1: the record may pass; otherwise the reason why it must not. */
+static int guard_check(dtls_conn *c, const struct record *r)
+{
+    if (c->state == CONN_HANDSHAKE)
+        return guard_in_handshake(c, r);
+    if (r->epoch != 1)
+        return DTLS_DROP_EPOCH;
+    if (r->body_len < c->overhead) /* openssl/openssl#25290: fatal to libssl, whoever sent it */
+        return DTLS_DROP_SHORT;
+    return r->type == TYPE_CCS ? DTLS_DROP_HANDSHAKE : -1;
+}
+
+/* A ClientHello at the start of a datagram, unfragmented or its first fragment: what the cookie exchange looks at. */
+static bool guard_client_hello(const uint8_t *p, size_t n, struct record *r)
+{
+    return record_parse(p, n, r) && r->epoch == 0 && r->type == TYPE_HANDSHAKE &&
+           r->body_len >= HANDSHAKE_HEADER + 2 + HELLO_RANDOM && r->body[0] == CLIENT_HELLO && load24(r->body + 6) == 0;
+}
+
+static unsigned conn_mtu(const dtls_conn *c, unsigned link)
+{
+    return link - (c->peer.family == 4 ? IP4_UDP_HEADERS : IP6_UDP_HEADERS);
+}
+
+static int conn_output(dtls_conn *c, const void *data, size_t len);
+
+static int bio_read(BIO *b, char *out, int size)
+{
+    dtls_conn *c = BIO_get_data(b);
+    size_t n = c->in_len < (size_t)size ? c->in_len : (size_t)size;
+    BIO_clear_retry_flags(b);
+    if (!c->in || n == 0) {
+        BIO_set_retry_read(b);
+        return -1;
+    }
+    memcpy(out, c->in, n);
+    if (c->in_peek)
+        return (int)n;
+    /* Plaintext sequence numbers prove nothing, but libssl would take a forged high one for the edge of its replay
+     * window and every real record for stale. So these records are numbered as they come. */
+    if (c->in_renumber) {
+        uint64_t sequence = c->in_sequence++;
+        for (int i = 10; i >= 5; i--, sequence >>= 8)
+            out[i] = (char)(sequence & 0xff);
+    }
+    c->in = NULL;
+    return (int)n;
+}
+
+static int bio_write(BIO *b, const char *data, int len)
+{
+    dtls_conn *c = BIO_get_data(b);
+    BIO_clear_retry_flags(b);
+    if (conn_output(c, data, (size_t)len) == 0)
+        return len;
+    BIO_set_retry_write(b);
+    return -1;
+}
+
+/* What libssl asks of a datagram BIO. It reads an unexpected answer as a size or a flag, so the default is 0. */
+static long bio_ctrl(BIO *b, int cmd, long num, void *ptr)
+{
+    dtls_conn *c = BIO_get_data(b);
+    (void)ptr;
+    switch (cmd) {
+    case BIO_CTRL_FLUSH:
+        return 1;
+    case BIO_CTRL_PENDING:
+        return c->in ? (long)c->in_len : 0;
+    case BIO_CTRL_EOF:
+        return c->in == NULL;
+    case BIO_CTRL_DGRAM_QUERY_MTU:
+        return (long)conn_mtu(c, (unsigned)c->ep->cfg.mtu_bytes);
+    case BIO_CTRL_DGRAM_GET_FALLBACK_MTU: { /* asked at each timeout from the third on */
+        int link = c->fallbacks++ < 2 ? MTU_FALLBACK_1 : MTU_FALLBACK_2;
+        return (long)conn_mtu(c, (unsigned)(link < c->ep->cfg.mtu_bytes ? link : c->ep->cfg.mtu_bytes));
+    }
+    case BIO_CTRL_DGRAM_GET_MTU_OVERHEAD:
+        return c->peer.family == 4 ? IP4_UDP_HEADERS : IP6_UDP_HEADERS;
+    case BIO_CTRL_DGRAM_SET_PEEK_MODE:
+        c->in_peek = num != 0;
+        return 1;
+    case BIO_CTRL_DGRAM_SET_NEXT_TIMEOUT: /* known, but DTLSv1_get_timeout tells the same in relative time */
+    case BIO_CTRL_DGRAM_SET_CONNECTED:
+    case BIO_CTRL_DGRAM_SET_PEER:
+    case BIO_CTRL_DGRAM_GET_PEER: /* the connection knows its peer */
+    case BIO_CTRL_WPENDING:
+    case BIO_CTRL_PUSH:
+    case BIO_CTRL_POP:
+    default:
+        return 0;
+    }
+}
+
+static BIO_METHOD *bio_method_new(void)
+{
+    /* A fixed number: BIO_get_new_index() hands out a bounded supply for the whole process. libssl does not look. */
+    BIO_METHOD *m = BIO_meth_new(BIO_TYPE_SOURCE_SINK | 0x7d, "dtls.c datagram");
+    if (m && BIO_meth_set_read(m, bio_read) && BIO_meth_set_write(m, bio_write) && BIO_meth_set_ctrl(m, bio_ctrl))
+        return m;
+    BIO_meth_free(m);
+    return NULL;
+}
+
+static dtls_conn *conn_of(SSL *ssl)
+{
+    return BIO_get_data(SSL_get_rbio(ssl));
+}
+
+/* ==== 6. connection =============================================================================================== */
+
+static void ep_unlist(dtls_conn *c);
+static void ep_log(dtls_endpoint *ep, dtls_log level, const char *format, ...)
+#ifdef __GNUC__
+    __attribute__((format(printf, 3, 4)))
+#endif
+    ;
+
+/* RFC 6347 section 4.2.4.1, with our first value and cap instead of libssl's 1 s and 60 s. */
+static unsigned conn_retransmit_us(SSL *ssl, unsigned last_us)
+{
+    const dtls_config *cfg = &conn_of(ssl)->ep->cfg;
+    unsigned first = (unsigned)cfg->retransmit_ms * 1000u, max = (unsigned)cfg->retransmit_max_ms * 1000u;
+    if (last_us == 0)
+        return first;
+    return last_us > max / 2 ? max : last_us * 2;
+}
+
+static int conn_output(dtls_conn *c, const void *data, size_t len)
+{
+    dtls_endpoint *ep = c->ep;
+    int r;
+    if (c->udp) {
+        r = udp_send(c->loop, c->udp, data, len, &c->local, &c->peer);
+    } else {
+        ep->sending = true; /* input from inside would enter libssl a second time */
+        r = ep->cfg.send(ep->cfg.user, data, len, &c->local, &c->peer);
+        ep->sending = false;
+    }
+    if (r != 0)
+        return r;
+    c->output = true;
+    ep->counters.datagrams_out++;
+    return 0;
+}
+
+static void conn_timer(void *user);
+
+static void conn_destroy(struct object *o)
+{
+    dtls_conn *c = (dtls_conn *)o;
+    timer_done(c->loop, &c->timer);
+    SSL_free(c->ssl);
+    ERR_clear_error();
+    free(c);
+}
+
+/* A connection in its handshake, not yet in the table. */
+static dtls_conn *conn_new(dtls_endpoint *ep, bool server)
+{
+    dtls_conn *c = calloc(1, sizeof *c);
+    if (!c)
+        return NULL;
+    *c = (dtls_conn){.object.destroy = conn_destroy, .ep = ep, .loop = ep->loop, .server = server, .buffers = true};
+    list_init(&c->object);
+    if (timer_init(c->loop, &c->timer, conn_timer, c) < 0) {
+        free(c);
+        return NULL;
+    }
+    BIO *bio = BIO_new(ep->bio_method);
+    c->ssl = bio ? SSL_new(ep->ctx) : NULL;
+    if (!c->ssl) {
+        BIO_free(bio);
+        conn_destroy(&c->object);
+        return NULL;
+    }
+    BIO_set_data(bio, c);
+    BIO_set_init(bio, 1);
+    SSL_set_bio(c->ssl, bio, bio);
+    DTLS_set_timer_cb(c->ssl, conn_retransmit_us);
+    return c;
+}
+
+static int64_t earlier(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static int64_t conn_idle_at(const dtls_conn *c)
+{
+    const dtls_config *cfg = &c->ep->cfg;
+    if (cfg->idle_ms <= 0)
+        return INT64_MAX;
+    if (c->idle_raised > c->last_in)
+        return c->idle_raised + cfg->idle_repeat_ms * (int64_t)1000;
+    return c->last_in + cfg->idle_ms * (int64_t)1000;
+}
+
+static int64_t conn_dead_at(const dtls_conn *c)
+{
+    int ms = c->ep->cfg.idle_timeout_ms;
+    return ms == DTLS_NEVER ? INT64_MAX : c->last_in + ms * (int64_t)1000;
+}
+
+/* Sets the one timer to the earliest deadline. While open, deadlines only move later when messages come, so the timer is
+ * left alone then and looks again when it fires. */
+static void conn_arm(dtls_conn *c)
+{
+    int64_t now = loop_now(c->loop), at;
+    if (c->state == CONN_HANDSHAKE) {
+        struct timeval left;
+        at = c->deadline;
+        if (c->hint_at)
+            at = earlier(at, c->hint_at + HINT_GRACE_MS * (int64_t)1000);
+        if (DTLSv1_get_timeout(c->ssl, &left)) {
+            /* libssl's timer follows the wall clock: after a step it could be far off, so never wait past the cap */
+            int64_t us = left.tv_sec * (int64_t)1000000 + left.tv_usec;
+            us = earlier(us, c->ep->cfg.retransmit_max_ms * (int64_t)1000);
+            at = earlier(at, now + (us < 1000 ? 1000 : us));
+        }
+    } else {
+        at = earlier(conn_idle_at(c), conn_dead_at(c));
+        if (c->buffers)
+            at = earlier(at, now + QUIET_MS * (int64_t)1000);
+    }
+    if (at == INT64_MAX)
+        timer_stop(c->loop, &c->timer);
+    else
+        timer_set(c->loop, &c->timer, at);
+}
+
+/* libssl 3.0 crashes when it writes without its buffers, so they come back before any call that might. */
+static bool conn_need_buffers(dtls_conn *c)
+{
+    c->used = true;
+    if (c->buffers)
+        return true;
+    ERR_clear_error();
+    if (!SSL_alloc_buffers(c->ssl))
+        return false;
+    c->buffers = true;
+    conn_arm(c);
+    return true;
+}
+
+static void conn_raise(dtls_conn *c, dtls_event event, const void *data, size_t len)
+{
+    if (c->ep->cfg.on_event)
+        c->ep->cfg.on_event(c, event, data, len);
+}
+
+/* The one way a connection ends. The peer is told when it can understand it, the application once. */
+static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, const char *what)
+{
+    char peer[DTLS_ADDR_TEXT];
+    enum conn_state was = c->state;
+    if (was == CONN_CLOSED)
+        return;
+    c->reason = reason;
+    snprintf(c->text, sizeof c->text, format, what);
+    bool tell = reason == DTLS_CLOSE_LOCAL || reason == DTLS_CLOSE_PEER || reason == DTLS_CLOSE_IDLE;
+    if (was == CONN_OPEN && tell && conn_need_buffers(c)) {
+        ERR_clear_error();
+        SSL_shutdown(c->ssl); /* close_notify, sent once; nothing waits for an answer */
+    } else if (reason != DTLS_CLOSE_ERROR && reason != DTLS_CLOSE_VERIFY) {
+        SSL_set_shutdown(c->ssl, SSL_SENT_SHUTDOWN | SSL_RECEIVED_SHUTDOWN); /* the session stays good for resumption */
+    }
+    ERR_clear_error();
+    c->state = CONN_CLOSED;
+    timer_stop(c->loop, &c->timer);
+    ep_unlist(c);
+    if (was == CONN_HANDSHAKE && c->server)
+        c->ep->counters.handshakes--;
+    dtls_addr_format(&c->peer, peer, sizeof peer);
+    if (was == CONN_OPEN) {
+        ep_log(c->ep, DTLS_LOG_INFO, "%s closed: %s", peer, c->text);
+    } else {
+        c->ep->counters.handshakes_failed++;
+        ep_log(c->ep, DTLS_LOG_WARNING, "%s handshake failed: %s", peer, c->text);
+    }
+    if (was == CONN_OPEN || !c->server) /* the application never heard of a handshake that a stranger failed */
+        conn_raise(c, DTLS_EV_CLOSED, NULL, 0);
+    if (c->udp && c->udp->conn == c)
+        udp_free(c->udp);
+    loop_bury(c->loop, &c->object);
+}
+
+/* libssl gave up: find the words. */
+static void conn_fail(dtls_conn *c)
+{
+    unsigned long e = ERR_peek_last_error();
+    int reason = ERR_GET_REASON(e);
+    const char *text = ERR_reason_error_string(e);
+    if (ERR_GET_LIB(e) != ERR_LIB_SSL || !text)
+        conn_end(c, DTLS_CLOSE_ERROR, "OpenSSL: %s", text ? text : "no reason given");
+    else if (reason == SSL_R_CERTIFICATE_VERIFY_FAILED)
+        conn_end(c, DTLS_CLOSE_VERIFY, "certificate refused: %s",
+                 X509_verify_cert_error_string(SSL_get_verify_result(c->ssl)));
+    else if (reason == SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE)
+        conn_end(c, DTLS_CLOSE_VERIFY, "certificate refused: %s", "peer sent no certificate");
+    else if (reason >= SSL_AD_REASON_OFFSET)
+        conn_end(c, DTLS_CLOSE_ERROR, "the peer's alert: %s", SSL_alert_desc_string_long(reason - SSL_AD_REASON_OFFSET));
+    else
+        conn_end(c, DTLS_CLOSE_ERROR, "protocol error: %s", text);
+}
+
+static void conn_read_name(dtls_conn *c, X509 *cert)
+{
+    X509_NAME *subject = X509_get_subject_name(cert);
+    int at = X509_NAME_get_index_by_NID(subject, NID_commonName, -1);
+    unsigned char *utf8 = NULL;
+    int n = at < 0 ? -1 : ASN1_STRING_to_UTF8(&utf8, X509_NAME_ENTRY_get_data(X509_NAME_get_entry(subject, at)));
+    for (int i = 0; i < n && i < NAME_MAX_BYTES; i++) /* a name may hold anything: keep logs one line each */
+        c->peer_name[i] = (char)(utf8[i] < 0x20 || utf8[i] == 0x7f ? '?' : utf8[i]);
+    OPENSSL_free(utf8);
+}
+
+/* Nonce and tag of the suite's records, RFC 5288, 6655, 7905. */
+static size_t conn_record_overhead(const SSL_CIPHER *cipher)
+{
+    bool short_one = SSL_CIPHER_get_cipher_nid(cipher) == NID_chacha20_poly1305 ||
+                     strstr(SSL_CIPHER_get_name(cipher), "CCM8") != NULL;
+    return short_one ? OVERHEAD_MIN : OVERHEAD_MAX;
+}
+
+static void conn_open(dtls_conn *c)
+{
+    char peer[DTLS_ADDR_TEXT];
+    X509 *cert = SSL_get1_peer_certificate(c->ssl);
+    c->resumed = SSL_session_reused(c->ssl) == 1;
+    /* A resumed handshake verifies nothing again, so a certificate could outlive its date. */
+    if (cert && c->resumed && X509_cmp_current_time(X509_get0_notAfter(cert)) <= 0) {
+        SSL_CTX_remove_session(c->ep->ctx, SSL_get0_session(c->ssl));
+        X509_free(cert);
+        conn_end(c, DTLS_CLOSE_VERIFY, "certificate refused: %s",
+                 X509_verify_cert_error_string(X509_V_ERR_CERT_HAS_EXPIRED));
+        return;
+    }
+    if (cert)
+        conn_read_name(c, cert);
+    X509_free(cert);
+    ERR_clear_error();
+
+    c->overhead = conn_record_overhead(SSL_get_current_cipher(c->ssl));
+    c->state = CONN_OPEN;
+    c->last_in = loop_now(c->loop);
+    if (c->server)
+        c->ep->counters.handshakes--;
+    if (c->resumed)
+        c->ep->counters.handshakes_resumed++;
+    else
+        c->ep->counters.handshakes_full++;
+    ep_log(c->ep, DTLS_LOG_INFO, "%s connected: %s, %s, %s", dtls_addr_format(&c->peer, peer, sizeof peer), c->peer_name,
+           SSL_get_cipher_name(c->ssl), c->resumed ? "resumed session" : "full handshake");
+    conn_arm(c);
+    conn_raise(c, DTLS_EV_CONNECTED, NULL, 0);
+}
+
+static void conn_read(dtls_conn *c)
+{
+    uint8_t message[DTLS_MESSAGE_MAX];
+    while (c->state == CONN_OPEN) {
+        ERR_clear_error();
+        int n = SSL_read(c->ssl, message, sizeof message);
+        if (n > 0) {
+            c->last_in = c->loop->now;
+            c->messages_in++;
+            c->bytes_in += (uint64_t)n;
+            conn_raise(c, DTLS_EV_MESSAGE, message, (size_t)n);
+            continue;
+        }
+        int e = SSL_get_error(c->ssl, n);
+        if (e == SSL_ERROR_WANT_READ || e == SSL_ERROR_WANT_WRITE)
+            return;
+        if (e == SSL_ERROR_ZERO_RETURN)
+            conn_end(c, DTLS_CLOSE_PEER, "closed by the %s", "peer");
+        else
+            conn_fail(c);
+    }
+}
+
+/* Lets libssl work until it wants more input. */
+static void conn_drive(dtls_conn *c)
+{
+    if (c->state == CONN_HANDSHAKE) {
+        ERR_clear_error();
+        int r = SSL_do_handshake(c->ssl);
+        int e = r == 1 ? SSL_ERROR_NONE : SSL_get_error(c->ssl, r);
+        if (r == 1)
+            conn_open(c);
+        else if (e == SSL_ERROR_WANT_READ || e == SSL_ERROR_WANT_WRITE)
+            conn_arm(c);
+        else
+            conn_fail(c);
+    }
+    if (c->state == CONN_OPEN)
+        conn_read(c);
+}
+
+static void conn_give(dtls_conn *c, const uint8_t *p, size_t n, bool renumber)
+{
+    if (!conn_need_buffers(c)) {
+        ep_count(c->ep, DTLS_DROP_LIMIT);
+        return;
+    }
+    c->in = p;
+    c->in_len = n;
+    c->in_renumber = renumber;
+    conn_drive(c);
+    c->in = NULL;
+}
+
+/* One datagram through the guard. In a handshake each record goes alone, since one may change what the next one is held
+ * against; later whole runs of good records go, most often the datagram as it is. */
+static void conn_input(dtls_conn *c, const uint8_t *p, size_t n)
+{
+    const uint8_t *run = p;
+    struct record r;
+    bool hinted = c->hint_at != 0;
+    for (; n > 0 && c->state != CONN_CLOSED; p += r.size, n -= r.size) {
+        if (!record_parse(p, n, &r)) {
+            ep_count(c->ep, DTLS_DROP_MALFORMED);
+            break; /* what follows cannot be found */
+        }
+        int drop = guard_check(c, &r);
+        if (drop >= 0)
+            ep_count(c->ep, (dtls_drop)drop);
+        if (c->state == CONN_OPEN && drop < 0)
+            continue;
+        if (c->state == CONN_OPEN) {
+            if (p > run)
+                conn_give(c, run, (size_t)(p - run), false);
+        } else if (drop < 0) {
+            c->heard = true;
+            c->hint_at = 0;
+            conn_give(c, p, r.size, r.epoch == 0);
+        }
+        run = p + r.size;
+    }
+    if (c->state == CONN_OPEN && p > run)
+        conn_give(c, run, (size_t)(p - run), false);
+    if (c->state == CONN_HANDSHAKE && hinted != (c->hint_at != 0))
+        conn_arm(c);
+}
+
+/* An error on a socket. On a client's own it may be ICMP's word that nobody is there: a hint, until the peer answered. */
+static void udp_error(struct udp *u, int error)
+{
+    dtls_conn *c = u->conn;
+    u->ep->counters.receive_errors++;
+    if (!c || c->state != CONN_HANDSHAKE || c->heard)
+        return;
+    guard_hint(c, "%s", strerror(error));
+    conn_arm(c);
+}
+
+static void conn_handshake_timer(dtls_conn *c, int64_t now)
+{
+    char seconds[32];
+    if (c->hint_at && now >= c->hint_at + HINT_GRACE_MS * (int64_t)1000) {
+        conn_end(c, DTLS_CLOSE_REFUSED, "%s", c->hint);
+        return;
+    }
+    ERR_clear_error();
+    long r = now >= c->deadline ? -1 : DTLSv1_handle_timeout(c->ssl);
+    if (r >= 0) {
+        c->ep->counters.retransmissions += r > 0;
+        return;
+    }
+    snprintf(seconds, sizeof seconds, "%.1f s", (double)(now - c->started) / 1e6);
+    conn_end(c, DTLS_CLOSE_TIMEOUT, "timed out after %s", seconds);
+}
+
+static void conn_open_timer(dtls_conn *c, int64_t now)
+{
+    char seconds[32];
+    if (now >= conn_dead_at(c)) {
+        snprintf(seconds, sizeof seconds, "%.1f s", (double)(now - c->last_in) / 1e6);
+        conn_end(c, DTLS_CLOSE_IDLE, "idle for %s", seconds);
+        return;
+    }
+    if (c->buffers && !c->used && SSL_free_buffers(c->ssl))
+        c->buffers = false;
+    c->used = false;
+    if (now >= conn_idle_at(c)) {
+        c->idle_raised = now;
+        conn_raise(c, DTLS_EV_IDLE, NULL, 0);
+    }
+}
+
+static void conn_timer(void *user)
+{
+    dtls_conn *c = user;
+    int64_t now = loop_now(c->loop);
+    if (c->state == CONN_HANDSHAKE)
+        conn_handshake_timer(c, now);
+    else
+        conn_open_timer(c, now);
+    if (c->state != CONN_CLOSED)
+        conn_arm(c);
+}
+
+int dtls_conn_send(dtls_conn *c, const void *data, size_t len)
+{
+    int r = 0;
+    if (c->state != CONN_OPEN)
+        return DTLS_ERR_STATE;
+    if (!data || len == 0 || len > DTLS_MESSAGE_MAX) /* libssl sends no empty record, and ends up confused asked to */
+        return DTLS_ERR_SIZE;
+    loop_enter(c->loop);
+    if (!conn_need_buffers(c)) {
+        r = DTLS_ERR_AGAIN;
+    } else {
+        ERR_clear_error();
+        int n = SSL_write(c->ssl, data, (int)len);
+        int e = n > 0 ? SSL_ERROR_NONE : SSL_get_error(c->ssl, n);
+        if (n > 0) {
+            c->messages_out++;
+            c->bytes_out += len;
+        } else if (e == SSL_ERROR_WANT_WRITE || e == SSL_ERROR_WANT_READ) {
+            r = DTLS_ERR_AGAIN;
+        } else {
+            conn_fail(c);
+            r = DTLS_ERR_TLS;
+        }
+    }
+    loop_leave(c->loop);
+    return r;
+}
+
+void dtls_conn_close(dtls_conn *c)
+{
+    dtls_loop *l = c->loop;
+    loop_enter(l);
+    conn_end(c, DTLS_CLOSE_LOCAL, "closed %s", "here");
+    loop_leave(l);
+}
+
+size_t dtls_conn_payload_max(const dtls_conn *c)
+{
+    size_t n = c->state == CONN_OPEN ? DTLS_get_data_mtu(c->ssl) : 0;
+    return n < DTLS_MESSAGE_MAX ? n : DTLS_MESSAGE_MAX;
+}
+
+void dtls_conn_info(const dtls_conn *c, dtls_info *info)
+{
+    int64_t now = loop_now(c->loop);
+    const char *cipher = SSL_get_cipher_name(c->ssl);
+    *info = (dtls_info){.peer = c->peer,
+                        .local = c->local,
+                        .peer_name = c->peer_name,
+                        .cipher = SSL_get_current_cipher(c->ssl) ? cipher : "",
+                        .server = c->server,
+                        .connected = c->state == CONN_OPEN,
+                        .resumed = c->resumed,
+                        .age_ms = (now - c->started) / 1000,
+                        .silent_ms = (now - (c->last_in ? c->last_in : c->started)) / 1000,
+                        .messages_in = c->messages_in,
+                        .messages_out = c->messages_out,
+                        .bytes_in = c->bytes_in,
+                        .bytes_out = c->bytes_out};
+}
+
+dtls_reason dtls_conn_reason(const dtls_conn *c)
+{
+    return c->reason;
+}
+
+const char *dtls_conn_reason_text(const dtls_conn *c)
+{
+    return c->text;
+}
+
+dtls_endpoint *dtls_conn_endpoint(const dtls_conn *c)
+{
+    return c->ep;
+}
+
+void *dtls_conn_user(const dtls_conn *c)
+{
+    return c->user;
+}
+
+void dtls_conn_set_user(dtls_conn *c, void *user)
+{
+    c->user = user;
+}
+
+SSL_SESSION *dtls_conn_session(const dtls_conn *c)
+{
+    return c->overhead ? SSL_get1_session(c->ssl) : NULL; /* known since the handshake was done */
+}
+
+SSL *dtls_conn_ssl(const dtls_conn *c)
+{
+    return c->ssl;
+}
+
+/* ==== 7. endpoint ================================================================================================= */
+
+static void ep_log(dtls_endpoint *ep, dtls_log level, const char *format, ...)
+{
+    char line[512];
+    va_list args;
+    if (!ep->cfg.on_log)
+        return;
+    va_start(args, format);
+    vsnprintf(line, sizeof line, format, args);
+    va_end(args);
+    ep->cfg.on_log(ep->cfg.user, level, line);
+}
+
+/* The connection table: chained, keyed by both addresses, since one peer may talk to two of ours from one port. */
+
+static size_t ep_slot(const dtls_endpoint *ep, const dtls_addr *peer, const dtls_addr *local)
+{
+    uint8_t key[2 * ADDR_PACKED];
+    addr_pack(peer, key);
+    addr_pack(local, key + ADDR_PACKED);
+    return (size_t)siphash(ep->hash_key, key, sizeof key) & (ep->table_size - 1);
+}
+
+static dtls_conn *ep_find(const dtls_endpoint *ep, const dtls_addr *peer, const dtls_addr *local)
+{
+    dtls_conn *c = ep->table_size ? ep->table[ep_slot(ep, peer, local)] : NULL;
+    while (c && !(dtls_addr_equal(&c->peer, peer) && dtls_addr_equal(&c->local, local)))
+        c = c->hash_next;
+    return c;
+}
+
+static int ep_grow(dtls_endpoint *ep)
+{
+    size_t old_size = ep->table_size;
+    dtls_conn **old = ep->table, **table = calloc(old_size ? old_size * 2 : 64, sizeof(dtls_conn *));
+    if (!table)
+        return DTLS_ERR_MEMORY;
+    ep->table = table;
+    ep->table_size = old_size ? old_size * 2 : 64;
+    for (size_t i = 0; i < old_size; i++) {
+        for (dtls_conn *c = old[i], *next; c; c = next) {
+            size_t slot = ep_slot(ep, &c->peer, &c->local);
+            next = c->hash_next;
+            c->hash_next = table[slot];
+            table[slot] = c;
+        }
+    }
+    free(old);
+    return 0;
+}
+
+static int ep_list(dtls_conn *c)
+{
+    dtls_endpoint *ep = c->ep;
+    if (ep->counters.conns >= ep->table_size && ep_grow(ep) < 0)
+        return DTLS_ERR_MEMORY;
+    size_t slot = ep_slot(ep, &c->peer, &c->local);
+    c->hash_next = ep->table[slot];
+    ep->table[slot] = c;
+    c->prev = ep->last;
+    *(ep->last ? &ep->last->next : &ep->first) = c;
+    ep->last = c;
+    ep->counters.conns++;
+    return 0;
+}
+
+static void ep_unlist(dtls_conn *c)
+{
+    dtls_endpoint *ep = c->ep;
+    dtls_conn **at = &ep->table[ep_slot(ep, &c->peer, &c->local)];
+    while (*at != c)
+        at = &(*at)->hash_next;
+    *at = c->hash_next;
+    *(c->prev ? &c->prev->next : &ep->first) = c->next;
+    *(c->next ? &c->next->prev : &ep->last) = c->prev;
+    ep->counters.conns--;
+}
+
+/* Cookies: RFC 6347 section 4.2.1. The address pair under a secret that changes; the one before stays valid. */
+
+static void cookie_make(const dtls_conn *c, const uint8_t secret[COOKIE_SECRET], uint8_t cookie[COOKIE_BYTES])
+{
+    uint8_t data[2 * ADDR_PACKED], mac[EVP_MAX_MD_SIZE];
+    unsigned len = sizeof mac;
+    addr_pack(&c->peer, data);
+    addr_pack(&c->local, data + ADDR_PACKED);
+    memset(mac, 0, sizeof mac);
+    HMAC(EVP_sha256(), secret, COOKIE_SECRET, data, sizeof data, mac, &len);
+    memcpy(cookie, mac, COOKIE_BYTES);
+}
+
+static void cookie_rotate(dtls_endpoint *ep)
+{
+    uint8_t fresh[COOKIE_SECRET];
+    int64_t period = ep->cfg.cookie_ms * (int64_t)1000, age = ep->loop->now - ep->secret_at;
+    if (age < period || RAND_bytes(fresh, sizeof fresh) != 1)
+        return;
+    memcpy(ep->secret[1], ep->secret[0], COOKIE_SECRET);
+    memcpy(ep->secret[0], fresh, COOKIE_SECRET);
+    if (age >= 2 * period) /* nothing rotated in between: the one before is too old by now */
+        memcpy(ep->secret[1], fresh, COOKIE_SECRET);
+    OPENSSL_cleanse(fresh, sizeof fresh);
+    ep->secret_at = ep->loop->now;
+}
+
+static int cookie_generate(SSL *ssl, unsigned char *cookie, unsigned *len)
+{
+    dtls_conn *c = conn_of(ssl);
+    cookie_make(c, c->ep->secret[0], cookie);
+    *len = COOKIE_BYTES;
+    return 1;
+}
+
+static int cookie_verify(SSL *ssl, const unsigned char *cookie, unsigned len)
+{
+    dtls_conn *c = conn_of(ssl);
+    uint8_t good[2][COOKIE_BYTES];
+    cookie_make(c, c->ep->secret[0], good[0]);
+    cookie_make(c, c->ep->secret[1], good[1]);
+    int one = CRYPTO_memcmp(cookie, good[0], len == COOKIE_BYTES ? COOKIE_BYTES : 0);
+    int two = CRYPTO_memcmp(cookie, good[1], len == COOKIE_BYTES ? COOKIE_BYTES : 0);
+    return len == COOKIE_BYTES && (one == 0 || two == 0);
+}
+
+/* A ClientHello: from a stranger, or from a live peer's address (a restarted client, or somebody who only writes that
+ * address on his datagrams). It goes through DTLSv1_listen on the spare SSL: nothing is kept and nobody's connection is
+ * touched before the cookie proves the address. */
+static void ep_hello(dtls_endpoint *ep, struct udp *u, const struct record *r, const dtls_addr *from,
+                     const dtls_addr *to, dtls_conn *old)
+{
+    bool full = ep->counters.conns >= (size_t)ep->cfg.max_conns && !old;
+    if (full || ep->counters.handshakes >= (size_t)ep->cfg.max_handshakes) {
+        ep_count(ep, DTLS_DROP_LIMIT);
+        return;
+    }
+    if (!ep->spare && !(ep->spare = conn_new(ep, true))) {
+        ep_count(ep, DTLS_DROP_LIMIT);
+        return;
+    }
+    dtls_conn *c = ep->spare;
+    c->udp = u;
+    c->peer = *from;
+    c->local = *to;
+    c->output = false;
+    c->in = r->start; /* alone: OpenSSL 3.5 would work on what stands behind it in the datagram */
+    c->in_len = r->size;
+    cookie_rotate(ep);
+    ERR_clear_error();
+    int verified = DTLSv1_listen(c->ssl, ep->listen_addr);
+    ERR_clear_error();
+    c->in = NULL;
+    if (verified <= 0) {
+        if (c->output)
+            ep->counters.cookies_sent++;
+        else
+            ep_count(ep, DTLS_DROP_HELLO);
+        return;
+    }
+
+    ep->spare = NULL;
+    if (old)
+        conn_end(old, DTLS_CLOSE_REPLACED, "replaced by a new association from the same %s", "address");
+    if (ep->closed || ep_list(c) < 0) { /* the event above may have ended the endpoint */
+        ep_count(ep, DTLS_DROP_LIMIT);
+        conn_destroy(&c->object);
+        return;
+    }
+    ep->counters.handshakes++;
+    c->started = loop_now(ep->loop);
+    c->deadline = c->started + ep->cfg.handshake_timeout_ms * (int64_t)1000;
+    c->in_sequence = r->sequence + 1;
+    c->heard = true;
+    memcpy(c->hello_random, r->body + HANDSHAKE_HEADER + 2, HELLO_RANDOM);
+    DTLS_set_timer_cb(c->ssl, conn_retransmit_us); /* listening cleared it */
+    conn_drive(c);
+}
+
+static void ep_input(dtls_endpoint *ep, struct udp *u, const uint8_t *p, size_t n, const dtls_addr *from,
+                     const dtls_addr *to)
+{
+    struct record r;
+    dtls_conn *c = ep_find(ep, from, to);
+    ep->counters.datagrams_in++;
+    if (ep->listening && (!c || c->server) && guard_client_hello(p, n, &r)) {
+        bool repeated = c && memcmp(c->hello_random, r.body + HANDSHAKE_HEADER + 2, HELLO_RANDOM) == 0;
+        if (repeated || r.sequence > HELLO_SEQUENCE_MAX)
+            ep_count(ep, DTLS_DROP_HELLO); /* repeated: our own timer sends the flight again */
+        else
+            ep_hello(ep, u, &r, from, to, c);
+    } else if (c) {
+        conn_input(c, p, n);
+    } else {
+        ep_count(ep, DTLS_DROP_STRANGER);
+    }
+}
+
+int dtls_endpoint_input(dtls_endpoint *ep, const void *data, size_t len, const dtls_addr *from, const dtls_addr *to)
+{
+    if (ep->sending)
+        return DTLS_ERR_STATE;
+    loop_enter(ep->loop);
+    if (!ep->closed) {
+        if (len <= DATAGRAM_MAX)
+            ep_input(ep, NULL, data, len, from, to);
+        else
+            ep_count(ep, DTLS_DROP_OVERSIZE);
+    }
+    loop_leave(ep->loop);
+    return 0;
+}
+
+/* Listening. */
+
+static bool ep_covered(const dtls_endpoint *ep, const dtls_addr *a)
+{
+    if (a->port == 0)
+        return false;
+    for (struct object *o = ep->sockets.next; o != &ep->sockets; o = o->next) {
+        const struct udp *u = (const struct udp *)o;
+        if (u->local.port == a->port && u->local.family == a->family && (u->wildcard || dtls_addr_equal(&u->local, a)))
+            return true;
+    }
+    return false;
+}
+
+static struct udp *ep_bind(dtls_endpoint *ep, const dtls_addr *a, dtls_error *err)
+{
+    char text[DTLS_ADDR_TEXT];
+    struct udp *u = udp_open(ep->loop, ep, &ep->sockets, a, NULL);
+    if (!u)
+        fail(err, DTLS_ERR_SYSTEM, "%s: %s", dtls_addr_format(a, text, sizeof text), strerror(errno));
+    return u;
+}
+
+/* "[::]:p" means every address, so it takes two sockets on one port. With port 0 the IPv6 socket's pick may be taken for
+ * IPv4; then the pair is tried again. */
+static int ep_listen_everywhere(dtls_endpoint *ep, dtls_addr *a, dtls_error *err)
+{
+    for (int tries = 16; tries > 0; tries--) {
+        struct udp *six = ep_bind(ep, a, err);
+        dtls_addr four = {.family = 4, .port = six ? six->local.port : a->port};
+        if (!six && errno != EAFNOSUPPORT && errno != EADDRNOTAVAIL)
+            return DTLS_ERR_SYSTEM; /* no IPv6 on this machine is no error, anything else is */
+        if (ep_covered(ep, &four) || ep_bind(ep, &four, err)) {
+            a->port = four.port;
+            return 0;
+        }
+        int error = errno;
+        if (six)
+            udp_free(six);
+        if (a->port != 0 || error != EADDRINUSE)
+            break;
+    }
+    return DTLS_ERR_SYSTEM;
+}
+
+int dtls_endpoint_listen(dtls_endpoint *ep, dtls_addr *a, dtls_error *err)
+{
+    int r = 0;
+    if (ep->cfg.send) {
+        ep->listening = true;
+        return 0;
+    }
+    if (!a || (a->family != 4 && a->family != 6))
+        return fail(err, DTLS_ERR_ARG, "no address to listen on");
+    if (ep_covered(ep, a))
+        return 1;
+    loop_enter(ep->loop);
+    if (a->family == 6 && addr_is_wildcard(a)) {
+        r = ep_listen_everywhere(ep, a, err);
+    } else {
+        struct udp *u = ep_bind(ep, a, err);
+        r = u ? 0 : DTLS_ERR_SYSTEM;
+        if (u)
+            a->port = u->local.port;
+    }
+    ep->listening = ep->listening || r == 0;
+    loop_leave(ep->loop);
+    return r;
+}
+
+/* Connecting. */
+
+/* The server's identity, checked by libssl against the subjectAltName only: RFC 6125 section 6.4.4 retires the CN. */
+static bool conn_expect(dtls_conn *c, const char *name, const dtls_addr *peer)
+{
+    X509_VERIFY_PARAM *param = SSL_get0_param(c->ssl);
+    X509_VERIFY_PARAM_set_hostflags(param, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS | X509_CHECK_FLAG_NEVER_CHECK_SUBJECT);
+    if (!name)
+        return X509_VERIFY_PARAM_set1_ip(param, peer->ip, peer->family == 4 ? 4 : 16) == 1;
+    if (X509_VERIFY_PARAM_set1_ip_asc(param, name) == 1)
+        return true;
+    return SSL_set_tlsext_host_name(c->ssl, name) == 1 && X509_VERIFY_PARAM_set1_host(param, name, 0) == 1;
+}
+
+static int conn_start(dtls_conn *c, const dtls_target *t, dtls_error *err)
+{
+    dtls_endpoint *ep = c->ep;
+    char text[DTLS_ADDR_TEXT];
+    dtls_addr_format(&t->peer, text, sizeof text);
+    if (ep->counters.conns >= (size_t)ep->cfg.max_conns)
+        return fail(err, DTLS_ERR_LIMIT, "%s: %d connections are open already", text, ep->cfg.max_conns);
+    if (!ep->cfg.send) {
+        c->udp = udp_open(ep->loop, ep, &ep->sockets, NULL, &t->peer);
+        if (!c->udp)
+            return fail(err, DTLS_ERR_SYSTEM, "%s: %s", text, strerror(errno));
+        c->udp->conn = c;
+        c->local = c->udp->local;
+    }
+    if (ep_find(ep, &c->peer, &c->local))
+        return fail(err, DTLS_ERR_STATE, "%s: connected already", text);
+    if (!conn_expect(c, t->name, &t->peer))
+        return fail(err, DTLS_ERR_ARG, "%s: not a name to expect in a certificate", t->name ? t->name : text);
+    if (t->session && SSL_set_session(c->ssl, t->session) != 1)
+        return fail(err, DTLS_ERR_TLS, "%s: the session cannot be used here", text);
+    if (ep_list(c) < 0)
+        return fail(err, DTLS_ERR_MEMORY, "out of memory");
+    SSL_set_connect_state(c->ssl);
+    ERR_clear_error();
+    int r = SSL_do_handshake(c->ssl); /* the ClientHello; cannot be done before an answer */
+    int e = SSL_get_error(c->ssl, r);
+    if (e == SSL_ERROR_WANT_READ || e == SSL_ERROR_WANT_WRITE)
+        return 0;
+    ep_unlist(c);
+    const char *reason = ERR_reason_error_string(ERR_peek_last_error());
+    return fail(err, DTLS_ERR_TLS, "%s: OpenSSL: %s", text, reason ? reason : "no reason given");
+}
+
+dtls_conn *dtls_endpoint_connect(dtls_endpoint *ep, const dtls_target *t, dtls_error *err)
+{
+    if (ep->sending || ep->closed) {
+        fail(err, DTLS_ERR_STATE, "not possible now");
+        return NULL;
+    }
+    loop_enter(ep->loop);
+    dtls_conn *c = conn_new(ep, false);
+    if (!c) {
+        fail(err, DTLS_ERR_MEMORY, "out of memory");
+    } else {
+        c->peer = t->peer;
+        c->local = t->local;
+        c->user = t->user;
+        c->started = loop_now(ep->loop);
+        c->deadline = c->started + ep->cfg.handshake_timeout_ms * (int64_t)1000;
+        if (conn_start(c, t, err) == 0) {
+            conn_arm(c);
+        } else {
+            if (c->udp)
+                udp_free(c->udp);
+            conn_destroy(&c->object);
+            c = NULL;
+        }
+    }
+    ERR_clear_error();
+    loop_leave(ep->loop);
+    return c;
+}
+
+void dtls_endpoint_each(dtls_endpoint *ep, void (*fn)(dtls_conn *conn, void *user), void *user)
+{
+    loop_enter(ep->loop);
+    for (dtls_conn *c = ep->first; c; c = c->next) /* fn may end any: they stay in memory until we leave */
+        if (c->state == CONN_OPEN)
+            fn(c, user);
+    loop_leave(ep->loop);
+}
+
+void dtls_endpoint_counters(const dtls_endpoint *ep, dtls_counters *counters)
+{
+    *counters = ep->counters;
+}
+
+const char *dtls_drop_name(dtls_drop reason)
+{
+    static const char *const names[DTLS_DROP_COUNT] = {"malformed", "oversize",  "stranger", "hello", "limit",
+                                                       "epoch",     "short",     "alert",    "data",  "handshake",
+                                                       "early",     "send"};
+    return (unsigned)reason < DTLS_DROP_COUNT ? names[reason] : "unknown";
+}
+
+void *dtls_endpoint_user(const dtls_endpoint *ep)
+{
+    return ep->cfg.user;
+}
+
+static void ep_destroy(struct object *o)
+{
+    dtls_endpoint *ep = (dtls_endpoint *)o;
+    if (ep->spare)
+        conn_destroy(&ep->spare->object);
+    free(ep->table);
+    BIO_ADDR_free(ep->listen_addr);
+    SSL_CTX_free(ep->ctx);
+    BIO_meth_free(ep->bio_method);
+    OPENSSL_cleanse(ep, sizeof *ep);
+    free(ep);
+}
+
+static void ep_free(struct object *o)
+{
+    dtls_endpoint *ep = (dtls_endpoint *)o;
+    ep->closed = true;
+    ep->listening = false;
+    while (ep->first)
+        conn_end(ep->first, DTLS_CLOSE_LOCAL, "closed %s", "here");
+    while (ep->sockets.next != &ep->sockets)
+        udp_free((struct udp *)ep->sockets.next);
+    loop_bury(ep->loop, o); /* behind its connections: they need its SSL_CTX and BIO_METHOD to the end */
+}
+
+void dtls_endpoint_free(dtls_endpoint *ep)
+{
+    if (!ep || ep->closed)
+        return;
+    dtls_loop *l = ep->loop;
+    loop_enter(l);
+    ep_free(&ep->object);
+    loop_leave(l);
+}
+
+/* ==== 8. context ================================================================================================== */
+
+static void config_default(int *field, int value)
+{
+    if (*field == 0)
+        *field = value;
+}
+
+static int config_check(dtls_config *cfg, dtls_error *err)
+{
+    config_default(&cfg->retransmit_ms, 400);
+    config_default(&cfg->retransmit_max_ms, 6000);
+    config_default(&cfg->handshake_timeout_ms, 30000);
+    config_default(&cfg->idle_repeat_ms, 5000);
+    config_default(&cfg->idle_timeout_ms, 120000);
+    config_default(&cfg->cookie_ms, 60000);
+    config_default(&cfg->mtu_bytes, 1500);
+    config_default(&cfg->max_conns, 4096);
+    config_default(&cfg->max_handshakes, 512);
+    config_default(&cfg->datagrams_per_turn, 64);
+    config_default(&cfg->send_queue_bytes, 1048576);
+    config_default(&cfg->socket_buffer_bytes, 1048576);
+    config_default(&cfg->session_cache, 4096);
+    if (cfg->mtu_bytes < 256 || cfg->mtu_bytes > 65535)
+        return fail(err, DTLS_ERR_ARG, "the MTU must be 256 to 65535 bytes");
+    if (cfg->retransmit_max_ms > 600000) /* libssl counts in 32-bit microseconds */
+        return fail(err, DTLS_ERR_ARG, "retransmit_max_ms must not be above 600,000");
+    if (cfg->retransmit_ms < 1 || cfg->retransmit_ms > cfg->retransmit_max_ms || cfg->handshake_timeout_ms < 1 ||
+        cfg->idle_repeat_ms < 1 || cfg->idle_timeout_ms < DTLS_NEVER || cfg->idle_ms < DTLS_NEVER || cfg->cookie_ms < 1)
+        return fail(err, DTLS_ERR_ARG, "a timer in the configuration is out of range");
+    if (cfg->max_conns < 1 || cfg->max_handshakes < 1 || cfg->datagrams_per_turn < 1 || cfg->send_queue_bytes < 1 ||
+        cfg->socket_buffer_bytes < 1 || cfg->session_cache < DTLS_NEVER)
+        return fail(err, DTLS_ERR_ARG, "a limit in the configuration is out of range");
+    return 0;
+}
+
+/* Without this OpenSSL would ask for the password on the terminal. */
+static int ctx_no_password(char *buf, int size, int writing, void *user)
+{
+    (void)buf, (void)size, (void)writing, (void)user;
+    return -1;
+}
+
+static int ctx_readable(const char *file, dtls_error *err)
+{
+    FILE *f = fopen(file, "r");
+    if (!f)
+        return fail(err, DTLS_ERR_CERT, "%s: %s", file, strerror(errno));
+    fclose(f);
+    return 0;
+}
+
+static int ctx_check_dates(SSL_CTX *ctx, const char *file, dtls_error *err)
+{
+    X509 *cert = SSL_CTX_get0_certificate(ctx);
+    const ASN1_TIME *from = X509_get0_notBefore(cert), *to = X509_get0_notAfter(cert);
+    bool expired = X509_cmp_current_time(to) <= 0;
+    if (!expired && X509_cmp_current_time(from) <= 0)
+        return 0;
+    char date[64] = "";
+    BIO *b = BIO_new(BIO_s_mem());
+    if (b && ASN1_TIME_print(b, expired ? to : from) == 1)
+        BIO_read(b, date, sizeof date - 1);
+    BIO_free(b);
+    return fail(err, DTLS_ERR_CERT, "%s: the certificate %s %s", file, expired ? "expired on" : "is not valid before",
+                date);
+}
+
+static int ctx_load(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
+{
+    SSL_CTX_set_default_passwd_cb(ctx, ctx_no_password);
+    if (cfg->cert_file) {
+        if (ctx_readable(cfg->cert_file, err) < 0)
+            return DTLS_ERR_CERT;
+        if (SSL_CTX_use_certificate_chain_file(ctx, cfg->cert_file) != 1)
+            return fail(err, DTLS_ERR_CERT, "%s: no certificate in PEM form that can be used", cfg->cert_file);
+        if (ctx_check_dates(ctx, cfg->cert_file, err) < 0)
+            return DTLS_ERR_CERT;
+    }
+    if (cfg->key_file) {
+        if (ctx_readable(cfg->key_file, err) < 0)
+            return DTLS_ERR_CERT;
+        ERR_clear_error();
+        if (SSL_CTX_use_PrivateKey_file(ctx, cfg->key_file, SSL_FILETYPE_PEM) != 1) {
+            if (ERR_GET_LIB(ERR_peek_last_error()) == ERR_LIB_X509)
+                return fail(err, DTLS_ERR_CERT, "%s: the key does not match %s", cfg->key_file,
+                            cfg->cert_file ? cfg->cert_file : "the certificate");
+            return fail(err, DTLS_ERR_CERT, "%s: no unencrypted private key in PEM form", cfg->key_file);
+        }
+    }
+    if (cfg->ca_file) {
+        if (ctx_readable(cfg->ca_file, err) < 0)
+            return DTLS_ERR_CERT;
+        STACK_OF(X509_NAME) *names = SSL_load_client_CA_file(cfg->ca_file);
+        if (!names || SSL_CTX_load_verify_locations(ctx, cfg->ca_file, NULL) != 1) {
+            sk_X509_NAME_pop_free(names, X509_NAME_free);
+            return fail(err, DTLS_ERR_CERT, "%s: no CA certificate in PEM form", cfg->ca_file);
+        }
+        SSL_CTX_set_client_CA_list(ctx, names);
+    }
+    return 0;
+}
+
+/* After on_ssl_ctx, which may have changed anything: what the guard relies on must still hold. */
+static int ctx_check(SSL_CTX *ctx, dtls_error *err)
+{
+    STACK_OF(SSL_CIPHER) *ciphers = SSL_CTX_get_ciphers(ctx);
+    for (int i = 0; i < sk_SSL_CIPHER_num(ciphers); i++) {
+        const SSL_CIPHER *cipher = sk_SSL_CIPHER_value(ciphers, i);
+        if (!SSL_CIPHER_is_aead(cipher)) /* openssl/openssl#24972: with CBC anybody's record ends a connection */
+            return fail(err, DTLS_ERR_ARG, "%s: only AEAD suites are safe with DTLS", SSL_CIPHER_get_name(cipher));
+    }
+    if (!SSL_CTX_get0_certificate(ctx) || SSL_CTX_check_private_key(ctx) != 1)
+        return fail(err, DTLS_ERR_CERT, "a certificate and its private key are needed");
+    return 0;
+}
+
+static int ctx_setup(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
+{
+    uint8_t id[SSL_MAX_SID_CTX_LENGTH];
+    /* DTLSv1_listen stays a DTLS 1.2 call: the cap is on purpose, here and nowhere else. */
+    if (SSL_CTX_set_min_proto_version(ctx, DTLS1_2_VERSION) != 1 ||
+        SSL_CTX_set_max_proto_version(ctx, DTLS1_2_VERSION) != 1 ||
+        SSL_CTX_set_cipher_list(ctx, "ECDHE+AESGCM:ECDHE+CHACHA20") != 1)
+        return fail(err, DTLS_ERR_TLS, "this OpenSSL has no DTLS 1.2 with ECDHE and AEAD suites");
+    /* A ticket carries the client's certificate: a ClientHello above 1 KB and much CPU. The cache below does it better. */
+    SSL_CTX_set_options(ctx, SSL_OP_NO_TICKET | SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION |
+                                 SSL_OP_CIPHER_SERVER_PREFERENCE);
+    /* The chain comes from the file; building one for each handshake costs 8 % of it. */
+    SSL_CTX_set_mode(ctx, SSL_MODE_NO_AUTO_CHAIN | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+    SSL_CTX_set_max_cert_list(ctx, HANDSHAKE_LENGTH_MAX);
+    SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, NULL);
+    SSL_CTX_set_cookie_generate_cb(ctx, cookie_generate);
+    SSL_CTX_set_cookie_verify_cb(ctx, cookie_verify);
+    /* Resumption with client certificates needs a context; a random one keeps sessions within this set of trust. */
+    if (RAND_bytes(id, sizeof id) != 1 || SSL_CTX_set_session_id_context(ctx, id, sizeof id) != 1)
+        return fail(err, DTLS_ERR_TLS, "OpenSSL has no random numbers");
+    if (cfg->session_cache == DTLS_NEVER) {
+        SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_OFF);
+    } else {
+        SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_SERVER);
+        SSL_CTX_sess_set_cache_size(ctx, cfg->session_cache);
+    }
+    if (ctx_load(ctx, cfg, err) < 0)
+        return DTLS_ERR_CERT;
+    if (cfg->on_ssl_ctx && cfg->on_ssl_ctx(cfg->user, ctx) != 0)
+        return fail(err, DTLS_ERR_TLS, "on_ssl_ctx gave up");
+    return ctx_check(ctx, err);
+}
+
+static int ep_setup(dtls_endpoint *ep, dtls_error *err)
+{
+    if (OpenSSL_version_num() >> 28 != OPENSSL_VERSION_NUMBER >> 28)
+        return fail(err, DTLS_ERR_TLS, "compiled for another OpenSSL than %s", OpenSSL_version(OPENSSL_VERSION));
+    if (config_check(&ep->cfg, err) < 0)
+        return DTLS_ERR_ARG;
+    ep->bio_method = bio_method_new();
+    ep->listen_addr = BIO_ADDR_new();
+    ep->ctx = SSL_CTX_new(DTLS_method());
+    if (!ep->bio_method || !ep->listen_addr || !ep->ctx)
+        return fail(err, DTLS_ERR_MEMORY, "out of memory");
+    if (RAND_bytes(ep->hash_key, sizeof ep->hash_key) != 1 || RAND_bytes(ep->secret[0], COOKIE_SECRET) != 1 ||
+        RAND_bytes(ep->secret[1], COOKIE_SECRET) != 1)
+        return fail(err, DTLS_ERR_TLS, "OpenSSL has no random numbers");
+    ep->secret_at = loop_now(ep->loop);
+    return ctx_setup(ep->ctx, &ep->cfg, err);
+}
+
+dtls_endpoint *dtls_endpoint_new(dtls_loop *l, const dtls_config *config, dtls_error *err)
+{
+    dtls_endpoint *ep = calloc(1, sizeof *ep);
+    if (!ep) {
+        fail(err, DTLS_ERR_MEMORY, "out of memory");
+        return NULL;
+    }
+    *ep = (dtls_endpoint){.object.destroy = ep_destroy, .loop = l, .cfg = *config};
+    list_init(&ep->sockets);
+    ERR_clear_error();
+    int r = ep_setup(ep, err);
+    ERR_clear_error();
+    if (r < 0) {
+        ep_destroy(&ep->object);
+        return NULL;
+    }
+    ep->cfg.cert_file = ep->cfg.key_file = ep->cfg.ca_file = NULL; /* used up; not ours to keep */
+    list_add(&l->live, &ep->object);
+    return ep;
+}
+
+/* ==== 9. program ================================================================================================== */
+
+#ifdef DTLS_MAIN
+
+#include <ctype.h>
+#include <histedit.h>
+#include <locale.h>
+#include <netdb.h>
+#include <sys/stat.h>
+#include <termios.h>
+#include <wchar.h>
+
+enum {
+    EXIT_USAGE = 2,
+    PATH_BYTES = 1024,
+    CLIENT_ADDRS = 16,       /* resolved addresses that a client tries */
+    STAGGER_MS = 1000,       /* one address silent for so long: the next is tried beside it */
+    PROBE_MS = 5000,         /* between probes of a silent server, at most */
+    PROBES = 3,              /* unanswered before it counts as gone */
+    BACKOFF_FIRST_MS = 500,  /* before reconnecting, doubling */
+    BACKOFF_MAX_MS = 30000,
+    WINDOW_LINES = 32,       /* lines from a file or pipe that may wait for their answer */
+    PACE_MS = 200,           /* no answer for so long: the server does not answer every line */
+    LINGER_MS = 200,         /* after the last answer, for one more */
+    LINGER_OWED_MS = 2000,   /* for answers still missing */
+    INPUT_BYTES = 65536
+};
+
+static const char usage_text[] =
+    "usage: dtls server [options] ADDR...     serve on each ADDR\n"
+    "       dtls client [options] ADDR        talk to the server at ADDR\n"
+    "       dtls --help | --version\n"
+    "\n"
+    "ADDR is 127.0.0.1:1234, [::1]:1234, [fe80::1%eth0]:1234, [::]:1234 for every IPv4 and IPv6\n"
+    "address of a server, or for a client also a host name as in localhost:1234.\n"
+    "\n"
+    "  --certs DIR             folder with ca.pem, server.pem, server.key, client.pem, client.key (certs)\n"
+    "  --cert FILE             own certificate, then its intermediates (DIR/server.pem or DIR/client.pem)\n"
+    "  --key FILE              its private key\n"
+    "  --ca FILE               certificates that the peer's must come from (DIR/ca.pem)\n"
+    "  --name NAME             client: name or IP address expected in the server's certificate (from ADDR)\n"
+    "  --mtu BYTES             the link's MTU, 256 to 65535 (1500)\n"
+    "  --idle-timeout SECONDS  server: a client silent for so long is gone; 0 never (120)\n"
+    "  --keepalive SECONDS     client: ping a server silent for so long; 0 never (25)\n"
+    "  --max-clients N         server (4096)\n"
+    "  -v, -q                  more, or only errors, on standard error\n"
+    "\n"
+    "Commands of the service: ping, echo TEXT, whoami, stats, bc TEXT.\n"
+    "A client on a terminal edits lines; otherwise it sends standard input line by line, prints the\n"
+    "answers and exits with 0, or with 1 if it could not connect or the connection was lost.\n";
+
+static const char commands_text[] = "commands: ping, echo TEXT, whoami, stats, bc TEXT";
+
+/* Options. */
+
+struct options {
+    bool server, help, version;
+    const char *certs, *cert, *key, *ca, *name;
+    int mtu, idle_timeout_ms, keepalive_ms, max_clients;
+    dtls_log level;
+    char **addrs;
+    int addrs_len;
+};
+
+static int option_seconds(const char *text, int *ms)
+{
+    char *end;
+    double s = isdigit((unsigned char)text[0]) || text[0] == '.' ? strtod(text, &end) : -1;
+    if (!(s >= 0 && s <= 1000000) || *end)
+        return -1;
+    *ms = s == 0 ? DTLS_NEVER : (int)(s * 1000 + 0.999); /* up: 0 means never */
+    return 0;
+}
+
+static int option_number(const char *text, int min, int max, int *value)
+{
+    size_t digits = strlen(text);
+    long n = digits > 0 && digits < 9 && strspn(text, "0123456789") == digits ? strtol(text, NULL, 10) : -1;
+    if (n < min || n > max)
+        return -1;
+    *value = (int)n;
+    return 0;
+}
+
+/* 0; or -1 with what is wrong with the value. */
+static int option_set(struct options *o, const char *name, const char *value, dtls_error *err)
+{
+    const struct {
+        const char *name;
+        const char **field;
+    } texts[] = {{"--certs", &o->certs}, {"--cert", &o->cert}, {"--key", &o->key}, {"--ca", &o->ca}, {"--name", &o->name}};
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+        if (strcmp(name, texts[i].name) == 0) {
+            *texts[i].field = value;
+            return *value ? 0 : fail(err, DTLS_ERR_ARG, "%s: the value is empty", name);
+        }
+    }
+    if (strcmp(name, "--mtu") == 0)
+        return option_number(value, 256, 65535, &o->mtu) == 0
+                   ? 0
+                   : fail(err, DTLS_ERR_ARG, "%s %s: must be a number of bytes from 256 to 65535", name, value);
+    if (strcmp(name, "--max-clients") == 0)
+        return option_number(value, 1, 10000000, &o->max_clients) == 0
+                   ? 0
+                   : fail(err, DTLS_ERR_ARG, "%s %s: must be a number from 1 to 10000000", name, value);
+    if (option_seconds(value, strcmp(name, "--keepalive") == 0 ? &o->keepalive_ms : &o->idle_timeout_ms) == 0)
+        return 0;
+    return fail(err, DTLS_ERR_ARG, "%s %s: must be a number of seconds from 0 (never) to 1000000", name, value);
+}
+
+static bool option_takes_value(const char *name)
+{
+    static const char *const names[] = {"--certs", "--cert", "--key", "--ca", "--name", "--mtu", "--idle-timeout",
+                                        "--keepalive", "--max-clients"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strcmp(name, names[i]) == 0)
+            return true;
+    return false;
+}
+
+/* argv[i] is an option: returns how many arguments it took, or an error. */
+static int option_parse(struct options *o, int argc, char **argv, int i, dtls_error *err)
+{
+    char name[32];
+    const char *equals = strchr(argv[i], '=');
+    size_t len = equals ? (size_t)(equals - argv[i]) : strlen(argv[i]);
+    snprintf(name, sizeof name, "%.*s", len < sizeof name ? (int)len : 0, argv[i]);
+    if (option_takes_value(name)) {
+        if (!equals && i + 1 == argc)
+            return fail(err, DTLS_ERR_ARG, "%s needs a value; see dtls --help", name);
+        int r = option_set(o, name, equals ? equals + 1 : argv[i + 1], err);
+        return r < 0 ? r : equals ? 1 : 2;
+    }
+    if (strcmp(argv[i], "-v") == 0)
+        o->level = DTLS_LOG_DEBUG;
+    else if (strcmp(argv[i], "-q") == 0)
+        o->level = DTLS_LOG_ERROR;
+    else if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0)
+        o->help = true;
+    else if (strcmp(argv[i], "--version") == 0)
+        o->version = true;
+    else
+        return fail(err, DTLS_ERR_ARG, "%.100s: unknown option; see dtls --help", argv[i]);
+    return 1;
+}
+
+/* Leaves the addresses, in order, in argv; 0 or an error. */
+static int options_parse(struct options *o, int argc, char **argv, dtls_error *err)
+{
+    const char *mode = NULL;
+    bool only_words = false;
+    *o = (struct options){.certs = "certs", .level = DTLS_LOG_INFO, .keepalive_ms = 25000, .addrs = argv};
+    for (int i = 1, took; i < argc; i += took) {
+        took = 1;
+        if (!only_words && strcmp(argv[i], "--") == 0)
+            only_words = true;
+        else if (!only_words && argv[i][0] == '-' && argv[i][1])
+            took = option_parse(o, argc, argv, i, err);
+        else if (!mode)
+            mode = argv[i];
+        else
+            o->addrs[o->addrs_len++] = argv[i];
+        if (took < 0)
+            return took;
+    }
+    if (o->help || o->version)
+        return 0;
+    if (!mode)
+        return fail(err, DTLS_ERR_ARG, "say 'dtls server ADDR' or 'dtls client ADDR'; see dtls --help");
+    o->server = strcmp(mode, "server") == 0;
+    if (!o->server && strcmp(mode, "client") != 0)
+        return fail(err, DTLS_ERR_ARG, "%.100s: neither 'server' nor 'client'; see dtls --help", mode);
+    if (o->addrs_len == 0)
+        return fail(err, DTLS_ERR_ARG, "no address; write one as in 127.0.0.1:1234 or [::1]:1234");
+    if (!o->server && o->addrs_len > 1)
+        return fail(err, DTLS_ERR_ARG, "%.100s: a client takes one address", o->addrs[1]);
+    return 0;
+}
+
+static int complain(int status, const char *text)
+{
+    fprintf(stderr, "dtls: %s\n", text);
+    return status;
+}
+
+static bool option_addr(const char *text, dtls_addr *a, dtls_error *err)
+{
+    if (dtls_addr_parse(a, text, err) != 0)
+        return false;
+    if (a->port != 0)
+        return true;
+    fail(err, DTLS_ERR_ADDR, "%s: the port must be a number from 1 to 65535", text);
+    return false;
+}
+
+/* Certificate files by option or folder; the buffers must outlive dtls_endpoint_new(). */
+struct files {
+    char cert[PATH_BYTES], key[PATH_BYTES], ca[PATH_BYTES];
+};
+
+static void files_choose(struct files *f, const struct options *o, dtls_config *cfg)
+{
+    const char *role = o->server ? "server" : "client";
+    snprintf(f->cert, sizeof f->cert, "%s/%s.pem", o->certs, role);
+    snprintf(f->key, sizeof f->key, "%s/%s.key", o->certs, role);
+    snprintf(f->ca, sizeof f->ca, "%s/ca.pem", o->certs);
+    cfg->cert_file = o->cert ? o->cert : f->cert;
+    cfg->key_file = o->key ? o->key : f->key;
+    cfg->ca_file = o->ca ? o->ca : f->ca;
+}
+
+/* The endpoint, or one line that says what to do. */
+static dtls_endpoint *program_endpoint(dtls_loop *l, const struct options *o, dtls_config *cfg)
+{
+    struct files files;
+    dtls_error err;
+    files_choose(&files, o, cfg);
+    cfg->mtu_bytes = o->mtu;
+    dtls_endpoint *ep = dtls_endpoint_new(l, cfg, &err);
+    if (ep)
+        return ep;
+    const char *advice = "";
+    if (access(cfg->cert_file, F_OK) < 0 || access(cfg->key_file, F_OK) < 0 || access(cfg->ca_file, F_OK) < 0)
+        advice = "; 'make certs' makes a set, --certs names another folder";
+    else if (strstr(err.text, "expired"))
+        advice = "; 'make delete-certs certs' makes new ones";
+    fprintf(stderr, "dtls: %s%s\n", err.text, advice);
+    return NULL;
+}
+
+/* The service. */
+
+enum command { COMMAND_PING, COMMAND_ECHO, COMMAND_WHOAMI, COMMAND_STATS, COMMAND_BC, COMMAND_OTHER };
+
+/* What a message asks for; text and its length for those that carry one. One newline at the end does not count: line
+ * tools such as s_client send it along. */
+static enum command command_parse(const char *data, size_t len, const char **text, size_t *text_len)
+{
+    static const struct {
+        const char *name;
+        enum command command;
+        bool takes_text;
+    } commands[] = {{"ping", COMMAND_PING, false},   {"echo", COMMAND_ECHO, true}, {"whoami", COMMAND_WHOAMI, false},
+                    {"stats", COMMAND_STATS, false}, {"bc", COMMAND_BC, true}};
+    if (len > 0 && data[len - 1] == '\n')
+        len--;
+    if (len > 0 && data[len - 1] == '\r')
+        len--;
+    *text = NULL;
+    *text_len = 0;
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
+        size_t n = strlen(commands[i].name);
+        if (len < n || memcmp(data, commands[i].name, n) != 0)
+            continue;
+        if (!commands[i].takes_text && len == n)
+            return commands[i].command;
+        if (commands[i].takes_text && len > n + 1 && data[n] == ' ') {
+            *text = data + n + 1;
+            *text_len = len - n - 1;
+            return commands[i].command;
+        }
+    }
+    return COMMAND_OTHER;
+}
+
+struct server {
+    dtls_loop *loop;
+    dtls_endpoint *ep;
+    dtls_log level;
+};
+
+struct message {
+    const char *text;
+    size_t len;
+};
+
+static void server_send_one(dtls_conn *c, void *user)
+{
+    const struct message *m = user;
+    dtls_conn_send(c, m->text, m->len); /* a full queue loses it, as the network may */
+}
+
+/* Text for one client in messages of whole lines, each of a size that needs no IP fragmentation. */
+struct pager {
+    dtls_conn *to;
+    char page[DTLS_MESSAGE_MAX];
+    size_t len;
+};
+
+static void pager_flush(struct pager *p)
+{
+    if (p->len > 0)
+        dtls_conn_send(p->to, p->page, p->len);
+    p->len = 0;
+}
+
+static void pager_add(struct pager *p, const char *line, size_t len)
+{
+    if (p->len > 0 && p->len + 1 + len > dtls_conn_payload_max(p->to))
+        pager_flush(p);
+    if (p->len > 0)
+        p->page[p->len++] = '\n';
+    memcpy(p->page + p->len, line, len);
+    p->len += len;
+}
+
+static void server_stats_line(dtls_conn *c, void *user)
+{
+    char line[512], addr[DTLS_ADDR_TEXT];
+    dtls_info i;
+    dtls_conn_info(c, &i);
+    int n = snprintf(line, sizeof line,
+                     "%s %s, %lld s, in %llu messages %llu bytes, out %llu messages %llu bytes%s",
+                     dtls_addr_format(&i.peer, addr, sizeof addr), i.peer_name, (long long)(i.age_ms / 1000),
+                     (unsigned long long)i.messages_in, (unsigned long long)i.bytes_in,
+                     (unsigned long long)i.messages_out, (unsigned long long)i.bytes_out, i.resumed ? ", resumed" : "");
+    pager_add(user, line, (size_t)n);
+}
+
+static void server_stats(struct server *s, dtls_conn *c)
+{
+    struct pager pager = {.to = c};
+    char line[64];
+    dtls_counters n;
+    dtls_endpoint_counters(s->ep, &n);
+    pager_add(&pager, line, (size_t)snprintf(line, sizeof line, "users: %zu", n.conns - n.handshakes));
+    dtls_endpoint_each(s->ep, server_stats_line, &pager);
+    pager_flush(&pager);
+}
+
+static void server_command(struct server *s, dtls_conn *c, const char *data, size_t len)
+{
+    char addr[DTLS_ADDR_TEXT];
+    struct message m;
+    dtls_info info;
+    switch (command_parse(data, len, &m.text, &m.len)) {
+    case COMMAND_PING:
+        m = (struct message){"pong", 4};
+        break;
+    case COMMAND_ECHO:
+        break;
+    case COMMAND_WHOAMI:
+        dtls_conn_info(c, &info);
+        m.text = dtls_addr_format(&info.peer, addr, sizeof addr);
+        m.len = strlen(addr);
+        break;
+    case COMMAND_STATS:
+        server_stats(s, c);
+        return;
+    case COMMAND_BC:
+        dtls_endpoint_each(s->ep, server_send_one, &m);
+        return;
+    default:
+        m = (struct message){commands_text, sizeof commands_text - 1};
+    }
+    server_send_one(c, &m);
+}
+
+static void server_event(dtls_conn *c, dtls_event event, const void *data, size_t len)
+{
+    struct server *s = dtls_endpoint_user(dtls_conn_endpoint(c));
+    if (event == DTLS_EV_CONNECTED) {
+        char hello[DTLS_ADDR_TEXT + 8] = "hello, ";
+        dtls_info info;
+        dtls_conn_info(c, &info);
+        dtls_addr_format(&info.peer, hello + 7, sizeof hello - 7);
+        dtls_conn_send(c, hello, strlen(hello));
+    } else if (event == DTLS_EV_MESSAGE) {
+        server_command(s, c, data, len);
+    }
+}
+
+static void server_log(void *user, dtls_log level, const char *line)
+{
+    const struct server *s = user;
+    if (level <= s->level)
+        fprintf(stderr, "%s\n", line);
+}
+
+static void server_stop(void *user, int signo)
+{
+    (void)signo;
+    dtls_loop_stop(user);
+}
+
+static int addr_by_wildcard(const void *a, const void *b)
+{
+    return addr_is_wildcard(b) - addr_is_wildcard(a);
+}
+
+/* Wildcards first: what they cover is found out then, not refused as in use. */
+static int server_listen(struct server *s, dtls_addr *addrs, int n)
+{
+    char text[DTLS_ADDR_TEXT], line[DTLS_ADDR_TEXT + 64];
+    dtls_error err;
+    qsort(addrs, (size_t)n, sizeof *addrs, addr_by_wildcard);
+    for (int i = 0; i < n; i++) {
+        int r = dtls_endpoint_listen(s->ep, &addrs[i], &err);
+        if (r < 0) {
+            bool used = strstr(err.text, strerror(EADDRINUSE)) != NULL;
+            fprintf(stderr, "dtls: %s%s\n", err.text, used ? "; another program has this port: use another or stop it" : "");
+            return 1;
+        }
+        snprintf(line, sizeof line, r ? "skipped %s: an address given before covers it" : "listening on %s",
+                 dtls_addr_format(&addrs[i], text, sizeof text));
+        server_log(s, r ? DTLS_LOG_WARNING : DTLS_LOG_INFO, line);
+    }
+    return 0;
+}
+
+static int server_main(const struct options *o)
+{
+    struct server s = {.level = o->level};
+    dtls_error err;
+    int status = 1;
+    dtls_addr *addrs = calloc((size_t)o->addrs_len, sizeof *addrs);
+    for (int i = 0; addrs && i < o->addrs_len; i++) {
+        if (!option_addr(o->addrs[i], &addrs[i], &err)) {
+            free(addrs);
+            return complain(EXIT_USAGE, err.text);
+        }
+    }
+    dtls_config cfg = {.on_event = server_event,
+                       .on_log = server_log,
+                       .user = &s,
+                       .idle_timeout_ms = o->idle_timeout_ms,
+                       .max_conns = o->max_clients};
+    s.loop = dtls_loop_new(NULL);
+    if (addrs && s.loop && dtls_loop_signal(s.loop, SIGINT, server_stop, s.loop) == 0 &&
+        dtls_loop_signal(s.loop, SIGTERM, server_stop, s.loop) == 0) {
+        s.ep = program_endpoint(s.loop, o, &cfg);
+        if (s.ep && server_listen(&s, addrs, o->addrs_len) == 0)
+            status = dtls_loop_run(s.loop) == 0 ? 0 : complain(1, strerror(errno));
+    } else {
+        complain(1, strerror(errno));
+    }
+    dtls_loop_free(s.loop);
+    free(addrs);
+    return status;
+}
+
+/* The line editor: libedit in the loop. It reads from our buffer one whole key at a time and never from the terminal, so
+ * it never blocks. */
+
+struct editor {
+    EditLine *el;
+    HistoryW *history;
+    struct termios saved;
+    bool hidden;
+    wchar_t *kept; /* the typed line while hidden */
+    int kept_cursor;
+    unsigned char in[INPUT_BYTES];
+    size_t in_len, key, key_end; /* in[key, key_end) is being fed */
+    void (*line)(void *user, const char *line, size_t len);
+    void (*end)(void *user);
+    void *user;
+    bool ended;
+};
+
+static struct editor *editor_of(EditLine *el)
+{
+    void *e = NULL;
+    el_get(el, EL_CLIENTDATA, &e);
+    return e;
+}
+
+static wchar_t *editor_prompt(EditLine *el)
+{
+    static wchar_t none[] = L"", prompt[] = L"> ";
+    return editor_of(el)->hidden ? none : prompt;
+}
+
+static int editor_getc(EditLine *el, wchar_t *wc)
+{
+    struct editor *e = editor_of(el);
+    mbstate_t state = {0};
+    if (e->key >= e->key_end)
+        return 0; /* no more: el_wgets returns */
+    size_t n = mbrtowc(wc, (char *)e->in + e->key, e->key_end - e->key, &state);
+    if (n == (size_t)-1 || n == (size_t)-2) {
+        *wc = 0xfffd;
+        n = 1;
+    }
+    e->key += n ? n : 1;
+    return 1;
+}
+
+/* Bytes of the first whole key; 0: not all there yet. */
+static size_t editor_key_length(const unsigned char *p, size_t n)
+{
+    size_t need = p[0] >= 0xf0 ? 4 : p[0] >= 0xe0 ? 3 : p[0] >= 0xc2 ? 2 : 1;
+    if (p[0] != 27) {
+        for (size_t i = 1; i < need; i++) {
+            if (i >= n)
+                return 0;
+            if ((p[i] & 0xc0) != 0x80)
+                return 1;
+        }
+        return need;
+    }
+    if (n == 1)
+        return 0; /* a lone ESC is the start of something: no timeout guesses otherwise */
+    if (p[1] == 27)
+        return 1;
+    if (p[1] == 'O')
+        return n < 3 ? 0 : 3;
+    if (p[1] != '[')
+        return 2;
+    for (size_t i = 2; i < n; i++)
+        if (p[i] >= 0x40 && p[i] <= 0x7e)
+            return i + 1;
+    return n > 64 ? n : 0;
+}
+
+/* Bound to a key that no keyboard has: empties line and prompt, so that libedit erases exactly what it drew. */
+static unsigned char editor_erase(EditLine *el, wint_t c)
+{
+    struct editor *e = editor_of(el);
+    const LineInfoW *li = el_wline(el);
+    int n = (int)(li->lastchar - li->buffer);
+    (void)c;
+    e->kept = calloc((size_t)n + 1, sizeof *e->kept);
+    e->kept_cursor = e->kept ? (int)(li->cursor - li->buffer) : 0;
+    if (e->kept)
+        wmemcpy(e->kept, li->buffer, (size_t)n);
+    el_cursor(el, n);
+    el_deletestr(el, n);
+    e->hidden = true;
+    return CC_REFRESH;
+}
+
+static void editor_hide(struct editor *e)
+{
+    int n;
+    if (e->hidden)
+        return;
+    el_wpush(e->el, L"\033[9999~");
+    el_wgets(e->el, &n);
+}
+
+static void editor_show(struct editor *e)
+{
+    if (!e->hidden)
+        return;
+    e->hidden = false;
+    if (e->kept) {
+        el_winsertstr(e->el, e->kept);
+        el_cursor(e->el, e->kept_cursor - el_cursor(e->el, 0));
+    }
+    free(e->kept);
+    e->kept = NULL;
+    el_set(e->el, EL_REFRESH);
+}
+
+/* A message above the line being typed. Control characters would let whoever sent it draw on the terminal. */
+static void editor_say(struct editor *e, const char *text, size_t len)
+{
+    bool was_hidden = e->hidden;
+    editor_hide(e);
+    for (size_t i = 0; i < len; i++) {
+        unsigned char ch = (unsigned char)text[i];
+        bool c1 = ch == 0xc2 && i + 1 < len && ((unsigned char)text[i + 1] & 0xe0) == 0x80; /* U+0080 to U+009F */
+        if (c1)
+            printf("\\u%04x", (unsigned char)text[++i]);
+        else if ((ch < 0x20 && ch != '\n' && ch != '\t') || ch == 0x7f)
+            printf("\\x%02x", ch);
+        else
+            putchar(ch);
+    }
+    putchar('\n');
+    fflush(stdout);
+    if (!was_hidden)
+        editor_show(e);
+}
+
+/* A new empty line, the terminal's settings untouched. */
+static void editor_fresh(struct editor *e)
+{
+    el_set(e->el, EL_EDITMODE, 0);
+    el_set(e->el, EL_UNBUFFERED, 0);
+    el_set(e->el, EL_EDITMODE, 1);
+    el_set(e->el, EL_UNBUFFERED, 1);
+}
+
+static void editor_remember(struct editor *e, const wchar_t *line)
+{
+    HistEventW ev;
+    for (int r = history_w(e->history, &ev, H_FIRST); r == 0; r = history_w(e->history, &ev, H_NEXT)) {
+        if (wcscmp(ev.str, line) == 0) {
+            history_w(e->history, &ev, H_DEL, ev.num);
+            break;
+        }
+    }
+    history_w(e->history, &ev, H_ENTER, line);
+}
+
+static void editor_entered(struct editor *e, const wchar_t *wide, int n)
+{
+    wchar_t *line = calloc((size_t)n, sizeof *line); /* n counts the newline: room for the end */
+    if (!line)
+        return;
+    wmemcpy(line, wide, (size_t)n - 1);
+    size_t bytes = wcstombs(NULL, line, 0);
+    char *text = bytes != (size_t)-1 ? malloc(bytes + 1) : NULL;
+    if (text && bytes > 0) {
+        wcstombs(text, line, bytes + 1);
+        editor_remember(e, line);
+    }
+    editor_fresh(e);
+    if (text && bytes > 0)
+        e->line(e->user, text, bytes);
+    free(text);
+    free(line);
+}
+
+static void editor_feed(struct editor *e)
+{
+    size_t at = 0, len;
+    while (at < e->in_len && !e->ended && (len = editor_key_length(e->in + at, e->in_len - at)) != 0) {
+        const LineInfoW *li = el_wline(e->el);
+        if (e->in[at] == 4 && li->lastchar == li->buffer) {
+            e->ended = true;
+            break;
+        }
+        e->key = at;
+        at = e->key_end = at + len;
+        int n = 0;
+        const wchar_t *line = el_wgets(e->el, &n);
+        if (line && n > 0 && line[n - 1] == L'\n')
+            editor_entered(e, line, n);
+    }
+    memmove(e->in, e->in + at, e->in_len - at);
+    e->in_len -= at;
+    e->key = e->key_end = 0;
+    if (e->ended)
+        e->end(e->user);
+}
+
+static void editor_readable(void *user, int fd, unsigned events)
+{
+    struct editor *e = user;
+    (void)events;
+    ssize_t n = read(fd, e->in + e->in_len, sizeof e->in - e->in_len); /* one read of a readable terminal */
+    if (n > 0) {
+        e->in_len += (size_t)n;
+        editor_feed(e);
+    } else if (n == 0 || (errno != EINTR && errno != EAGAIN)) {
+        e->ended = true;
+        e->end(e->user);
+    }
+}
+
+static void editor_resize(void *user, int signo)
+{
+    struct editor *e = user;
+    (void)signo;
+    editor_hide(e);
+    el_resize(e->el);
+    editor_show(e);
+}
+
+/* ^Z: give the terminal back, stop for real, take it again. */
+static void editor_suspend(void *user, int signo)
+{
+    struct editor *e = user;
+    editor_hide(e);
+    el_set(e->el, EL_PREP_TERM, 0);
+    raise(SIGSTOP);
+    el_set(e->el, EL_PREP_TERM, 1);
+    editor_resize(e, signo);
+}
+
+static bool editor_open(struct editor *e)
+{
+    /* Left out: keys that would read further keys inside the command, and those that are signals. */
+    static const char *const unbound[] = {"^V", "^R", "^S", "^Q", "^Z", "^C", "^O", "\\ex", "\\eX"};
+    HistEventW ev;
+    setlocale(LC_CTYPE, "");
+    if (MB_CUR_MAX == 1)
+        setlocale(LC_CTYPE, "C.UTF-8");
+    if (tcgetattr(STDIN_FILENO, &e->saved) < 0 || !(e->history = history_winit()))
+        return false;
+    e->el = el_init("dtls", stdin, stdout, stderr);
+    if (!e->el) {
+        history_wend(e->history);
+        return false;
+    }
+    history_w(e->history, &ev, H_SETSIZE, 500);
+    el_set(e->el, EL_CLIENTDATA, e);
+    el_set(e->el, EL_SIGNAL, 0);
+    el_wset(e->el, EL_GETCFN, editor_getc);
+    el_wset(e->el, EL_PROMPT, editor_prompt);
+    el_set(e->el, EL_EDITOR, "emacs");
+    el_wset(e->el, EL_HIST, history_w, e->history);
+    el_wset(e->el, EL_ADDFN, L"dtls-erase", L"erase the line for a message", editor_erase);
+    el_set(e->el, EL_BIND, "\\e[9999~", "dtls-erase", NULL);
+    for (size_t i = 0; i < sizeof unbound / sizeof *unbound; i++)
+        el_set(e->el, EL_BIND, unbound[i], "ed-unassigned", NULL);
+    el_set(e->el, EL_UNBUFFERED, 1); /* raw mode and the first prompt */
+    return true;
+}
+
+static void editor_close(struct editor *e)
+{
+    editor_hide(e);
+    free(e->kept);
+    el_set(e->el, EL_PREP_TERM, 0);
+    el_end(e->el);
+    history_wend(e->history);
+    tcsetattr(STDIN_FILENO, TCSADRAIN, &e->saved);
+}
+
+/* The client. */
+
+struct client {
+    const struct options *options;
+    dtls_loop *loop;
+    dtls_endpoint *ep;
+    const char *name;
+    char host[256];
+    dtls_addr addrs[CLIENT_ADDRS];
+    int addrs_len, addrs_tried;
+    int attempts;    /* connections under way */
+    dtls_conn *conn; /* the one that made it */
+    SSL_SESSION *session;
+    dtls_timer *next, *input_timer; /* the next address or round; pace and linger of the input */
+    int backoff_ms, probes, status;
+    bool was_connected, greeted, finished;
+    char why[REASON_BYTES];
+
+    struct editor *editor; /* NULL: lines from standard input */
+    dtls_watch *input;     /* NULL: a file, which is always readable */
+    char in[INPUT_BYTES];
+    size_t in_at, in_len;
+    char line[DTLS_MESSAGE_MAX];
+    size_t line_len; /* may count beyond what is kept */
+    unsigned long line_number;
+    unsigned window, owed; /* lines not answered: since the last pause, and in all */
+    bool line_ready, input_ended;
+};
+
+static void client_say(struct client *cl, const char *line)
+{
+    if (cl->editor)
+        editor_say(cl->editor, line, strlen(line));
+    else
+        fprintf(stderr, "%s\n", line);
+}
+
+static void client_log(void *user, dtls_log level, const char *line)
+{
+    struct client *cl = user;
+    if (level <= cl->options->level && !cl->finished)
+        client_say(cl, line);
+}
+
+static void client_finish(struct client *cl, int status)
+{
+    if (cl->finished)
+        return;
+    cl->finished = true; /* what closing logs is no news */
+    cl->status = status > cl->status ? status : cl->status;
+    dtls_loop_stop(cl->loop);
+}
+
+static void client_signal(void *user, int signo)
+{
+    (void)signo;
+    client_finish(user, 0);
+}
+
+static void client_end_of_input(void *user)
+{
+    client_finish(user, 0);
+}
+
+/* Standard input that is no terminal: one line at a time, no faster than the answers come. */
+
+static void client_input_later(struct client *cl)
+{
+    bool all_sent = cl->input_ended && !cl->line_ready && cl->in_at == cl->in_len;
+    if (!all_sent)
+        dtls_timer_set(cl->input_timer, PACE_MS);
+    else if (cl->line_number == 0)
+        client_finish(cl, 0);
+    else
+        dtls_timer_set(cl->input_timer, cl->owed ? LINGER_OWED_MS : LINGER_MS);
+}
+
+static void client_line_sent(struct client *cl)
+{
+    cl->line_ready = false;
+    cl->line_len = 0;
+}
+
+/* False: it has to wait. */
+static bool client_send_line(struct client *cl)
+{
+    char text[96];
+    if (cl->line_len > DTLS_MESSAGE_MAX) {
+        snprintf(text, sizeof text, "dtls: line %lu is %zu bytes, more than %d: not sent", cl->line_number, cl->line_len,
+                 DTLS_MESSAGE_MAX);
+        client_say(cl, text);
+        cl->status = 1;
+    } else if (cl->line_len > 0) {
+        if (cl->window >= WINDOW_LINES || dtls_conn_send(cl->conn, cl->line, cl->line_len) == DTLS_ERR_AGAIN)
+            return false;
+        cl->window++;
+        cl->owed++;
+        if (cl->line_len == 4 && memcmp(cl->line, "ping", 4) == 0)
+            cl->probes = 0; /* from now on a pong may be the user's */
+    }
+    client_line_sent(cl);
+    return true;
+}
+
+/* Takes bytes up to the end of a line, or of the input. */
+static void client_take_line(struct client *cl)
+{
+    const char *start = cl->in + cl->in_at;
+    size_t left = cl->in_len - cl->in_at;
+    const char *end = memchr(start, '\n', left);
+    size_t n = end ? (size_t)(end - start) : left;
+    if (cl->line_len < DTLS_MESSAGE_MAX) {
+        size_t room = DTLS_MESSAGE_MAX - cl->line_len;
+        memcpy(cl->line + cl->line_len, start, n < room ? n : room);
+    }
+    cl->line_len += n;
+    cl->in_at += n + (end != NULL);
+    cl->line_ready = end != NULL;
+    cl->line_number += cl->line_ready;
+}
+
+static void client_pump(struct client *cl)
+{
+    if (!cl->conn || cl->editor)
+        return;
+    bool waits = false;
+    for (;;) {
+        if (cl->line_ready && !client_send_line(cl)) {
+            waits = true;
+            break;
+        }
+        if (!cl->conn || cl->in_at == cl->in_len)
+            break;
+        client_take_line(cl);
+    }
+    if (!cl->conn)
+        return;
+    if (!waits && cl->input_ended && cl->line_len > 0) { /* the last line had no newline */
+        cl->line_ready = true;
+        cl->line_number++;
+        waits = !client_send_line(cl);
+    }
+    if (cl->input)
+        dtls_watch_set(cl->input, waits || cl->input_ended ? 0 : DTLS_READ);
+    if (waits || cl->input_ended)
+        client_input_later(cl);
+    else if (!cl->input)
+        dtls_timer_set(cl->input_timer, 0);
+}
+
+static void client_read(struct client *cl)
+{
+    ssize_t n = read(STDIN_FILENO, cl->in, sizeof cl->in);
+    if (n < 0 && (errno == EINTR || errno == EAGAIN))
+        return;
+    if (n < 0)
+        client_say(cl, "dtls: standard input cannot be read");
+    cl->input_ended = n <= 0;
+    cl->in_at = 0;
+    cl->in_len = n > 0 ? (size_t)n : 0;
+    client_pump(cl);
+}
+
+static void client_readable(void *user, int fd, unsigned events)
+{
+    (void)fd, (void)events;
+    client_read(user);
+}
+
+static void client_input_timer(void *user)
+{
+    struct client *cl = user;
+    bool waiting = cl->line_ready || cl->in_at < cl->in_len;
+    if (!cl->conn)
+        return;
+    if (waiting) {
+        cl->window = 0; /* a server that does not answer each line holds nothing up */
+        client_pump(cl);
+    } else if (cl->input_ended) {
+        client_finish(cl, 0);
+    } else {
+        client_read(cl); /* a file */
+    }
+}
+
+/* Connecting: every resolved address, the next one when the last failed or is slow; the first to answer wins. */
+
+static void client_try_next(struct client *cl)
+{
+    dtls_error err;
+    while (cl->addrs_tried < cl->addrs_len) {
+        dtls_target t = {.peer = cl->addrs[cl->addrs_tried++], .name = cl->name, .session = cl->session};
+        if (dtls_endpoint_connect(cl->ep, &t, &err)) {
+            cl->attempts++;
+            if (cl->addrs_tried < cl->addrs_len)
+                dtls_timer_set(cl->next, STAGGER_MS);
+            return;
+        }
+        snprintf(cl->why, sizeof cl->why, "%.150s", err.text);
+    }
+}
+
+static void client_round(struct client *cl)
+{
+    cl->addrs_tried = 0;
+    client_try_next(cl);
+}
+
+/* Nobody answered, or the server is gone. */
+static void client_failed(struct client *cl)
+{
+    char text[96];
+    if (cl->finished)
+        return;
+    if (!cl->editor) {
+        fprintf(stderr, "dtls: %s: %s: %s\n", cl->options->addrs[0], cl->was_connected ? "connection lost" : "could not connect",
+                cl->why);
+        client_finish(cl, 1);
+        return;
+    }
+    snprintf(text, sizeof text, "reconnecting in %.1f s", cl->backoff_ms / 1000.0);
+    client_log(cl, DTLS_LOG_INFO, text);
+    dtls_timer_set(cl->next, cl->backoff_ms);
+    cl->backoff_ms = cl->backoff_ms < BACKOFF_MAX_MS / 2 ? cl->backoff_ms * 2 : BACKOFF_MAX_MS;
+}
+
+static void client_next_timer(void *user)
+{
+    struct client *cl = user;
+    if (cl->conn)
+        return;
+    if (cl->addrs_tried < cl->addrs_len)
+        client_try_next(cl);
+    else if (cl->attempts == 0)
+        client_round(cl);
+    if (!cl->conn && cl->attempts == 0)
+        client_failed(cl);
+}
+
+static void client_connected(struct client *cl, dtls_conn *c)
+{
+    if (cl->conn) { /* another address was faster */
+        dtls_conn_close(c);
+        return;
+    }
+    cl->conn = c;
+    cl->attempts--;
+    cl->backoff_ms = BACKOFF_FIRST_MS;
+    cl->probes = 0;
+    cl->greeted = false;
+    cl->was_connected = true;
+    SSL_SESSION_free(cl->session);
+    cl->session = dtls_conn_session(c);
+    if (cl->editor)
+        return;
+    if (cl->input)
+        dtls_watch_set(cl->input, DTLS_READ);
+    client_pump(cl);
+}
+
+static void client_closed(struct client *cl, dtls_conn *c)
+{
+    snprintf(cl->why, sizeof cl->why, "%s", dtls_conn_reason_text(c));
+    if (dtls_conn_reason(c) == DTLS_CLOSE_ERROR) {
+        SSL_SESSION_free(cl->session); /* it may be what went wrong */
+        cl->session = NULL;
+    }
+    if (cl->conn == c) {
+        cl->conn = NULL;
+        client_failed(cl);
+        return;
+    }
+    cl->attempts--;
+    if (cl->conn || cl->finished)
+        return;
+    client_try_next(cl);
+    if (cl->attempts == 0)
+        client_failed(cl);
+}
+
+static bool is_greeting(const char *data, size_t len)
+{
+    char text[DTLS_ADDR_TEXT];
+    dtls_addr a;
+    if (len <= 7 || len - 7 >= sizeof text || memcmp(data, "hello, ", 7) != 0)
+        return false;
+    memcpy(text, data + 7, len - 7);
+    text[len - 7] = 0;
+    return dtls_addr_parse(&a, text, NULL) == 0;
+}
+
+static void client_message(struct client *cl, const char *data, size_t len)
+{
+    if (cl->probes > 0 && len == 4 && memcmp(data, "pong", 4) == 0) {
+        cl->probes--;
+        return;
+    }
+    if (cl->editor) {
+        editor_say(cl->editor, data, len);
+        return;
+    }
+    if (!cl->greeted && is_greeting(data, len)) {
+        cl->greeted = true;
+        return;
+    }
+    if (fwrite(data, 1, len, stdout) != len || putchar('\n') == EOF || fflush(stdout) != 0) {
+        client_say(cl, "dtls: standard output cannot be written");
+        client_finish(cl, 1);
+        return;
+    }
+    cl->window -= cl->window > 0;
+    cl->owed -= cl->owed > 0;
+    client_pump(cl);
+}
+
+static void client_event(dtls_conn *c, dtls_event event, const void *data, size_t len)
+{
+    struct client *cl = dtls_endpoint_user(dtls_conn_endpoint(c));
+    switch (event) {
+    case DTLS_EV_CONNECTED:
+        client_connected(cl, c);
+        break;
+    case DTLS_EV_MESSAGE:
+        if (c == cl->conn)
+            client_message(cl, data, len);
+        break;
+    case DTLS_EV_IDLE:
+        cl->probes += dtls_conn_send(c, "ping", 4) == 0;
+        break;
+    case DTLS_EV_CLOSED:
+        client_closed(cl, c);
+        break;
+    }
+}
+
+static void client_edited(void *user, const char *line, size_t len)
+{
+    struct client *cl = user;
+    int r = cl->conn ? dtls_conn_send(cl->conn, line, len) : DTLS_ERR_STATE;
+    if (len == 4 && memcmp(line, "ping", 4) == 0)
+        cl->probes = 0;
+    if (r == DTLS_ERR_STATE)
+        client_say(cl, "not connected: not sent");
+    else if (r != 0)
+        client_say(cl, dtls_strerror(r));
+}
+
+/* A host name and a port: every address the system knows for it. */
+static int client_resolve(struct client *cl, const char *text, dtls_error *err)
+{
+    if (option_addr(text, &cl->addrs[0], err)) {
+        cl->addrs_len = 1;
+        return 0;
+    }
+    const char *colon = strrchr(text, ':');
+    size_t n = colon ? (size_t)(colon - text) : 0;
+    uint16_t port = 0;
+    bool name = n > 0 && n < sizeof cl->host && strchr(text, ':') == colon && text[0] != '[' &&
+                strspn(text, "0123456789.") != n;
+    if (!name)
+        return EXIT_USAGE;
+    if (addr_parse_port(colon + 1, &port) < 0 || port == 0) {
+        fail(err, DTLS_ERR_ADDR, "%s: the port must be a number from 1 to 65535", text);
+        return EXIT_USAGE;
+    }
+    memcpy(cl->host, text, n);
+    cl->name = cl->host;
+    struct addrinfo hints = {.ai_socktype = SOCK_DGRAM}, *list = NULL;
+    int r = getaddrinfo(cl->host, colon + 1, &hints, &list);
+    if (r != 0) {
+        fail(err, DTLS_ERR_ADDR, "%s: %s", cl->host, gai_strerror(r));
+        return 1;
+    }
+    for (struct addrinfo *ai = list; ai && cl->addrs_len < CLIENT_ADDRS; ai = ai->ai_next)
+        if (dtls_addr_from_sockaddr(&cl->addrs[cl->addrs_len], ai->ai_addr, ai->ai_addrlen) == 0)
+            cl->addrs_len++;
+    freeaddrinfo(list);
+    return 0;
+}
+
+/* On a terminal the editor; otherwise plain lines, watched unless it is a file, which the system calls always readable
+ * (kqueue) or refuses to watch (epoll). */
+static int client_open_input(struct client *cl)
+{
+    const char *term = getenv("TERM");
+    struct stat st;
+    if (isatty(STDIN_FILENO) && isatty(STDOUT_FILENO) && term && *term && strcmp(term, "dumb") != 0) {
+        cl->editor = calloc(1, sizeof *cl->editor);
+        if (!cl->editor || !editor_open(cl->editor)) {
+            free(cl->editor);
+            cl->editor = NULL;
+            return complain(1, "the terminal cannot be used");
+        }
+        cl->editor->line = client_edited;
+        cl->editor->end = client_end_of_input;
+        cl->editor->user = cl;
+        if (!dtls_watch_new(cl->loop, STDIN_FILENO, DTLS_READ, editor_readable, cl->editor) ||
+            dtls_loop_signal(cl->loop, SIGWINCH, editor_resize, cl->editor) != 0 ||
+            dtls_loop_signal(cl->loop, SIGTSTP, editor_suspend, cl->editor) != 0)
+            return complain(1, "the terminal cannot be watched");
+        return 0;
+    }
+    if (fstat(STDIN_FILENO, &st) == 0 && S_ISREG(st.st_mode))
+        return 0;
+    cl->input = dtls_watch_new(cl->loop, STDIN_FILENO, 0, client_readable, cl);
+    if (cl->input && dtls_watch_set(cl->input, DTLS_READ) == 0 && dtls_watch_set(cl->input, 0) == 0)
+        return 0;
+    dtls_watch_free(cl->input); /* /dev/null and its like: never block either */
+    cl->input = NULL;
+    return 0;
+}
+
+static int client_run(struct client *cl)
+{
+    const struct options *o = cl->options;
+    int probe_ms = o->keepalive_ms < PROBE_MS ? o->keepalive_ms : PROBE_MS;
+    dtls_config cfg = {.on_event = client_event, .on_log = client_log, .user = cl};
+    cfg.idle_ms = o->keepalive_ms;
+    cfg.idle_repeat_ms = probe_ms > 0 ? probe_ms : PROBE_MS;
+    cfg.idle_timeout_ms = o->keepalive_ms == DTLS_NEVER ? DTLS_NEVER : o->keepalive_ms + PROBES * probe_ms;
+    signal(SIGPIPE, SIG_IGN);
+    cl->next = dtls_timer_new(cl->loop, client_next_timer, cl);
+    cl->input_timer = dtls_timer_new(cl->loop, client_input_timer, cl);
+    if (!cl->next || !cl->input_timer || dtls_loop_signal(cl->loop, SIGINT, client_signal, cl) != 0 ||
+        dtls_loop_signal(cl->loop, SIGTERM, client_signal, cl) != 0)
+        return complain(1, strerror(errno));
+    cl->ep = program_endpoint(cl->loop, o, &cfg);
+    if (!cl->ep || client_open_input(cl) != 0)
+        return 1;
+    cl->backoff_ms = BACKOFF_FIRST_MS;
+    client_round(cl);
+    if (cl->attempts == 0)
+        client_failed(cl);
+    return dtls_loop_run(cl->loop) == 0 ? cl->status : complain(1, strerror(errno));
+}
+
+static int client_main(const struct options *o)
+{
+    dtls_error err;
+    struct client *cl = calloc(1, sizeof *cl);
+    if (!cl)
+        return complain(1, "out of memory");
+    cl->options = o;
+    cl->name = o->name;
+    int status = client_resolve(cl, o->addrs[0], &err);
+    if (o->name)
+        cl->name = o->name;
+    if (status != 0)
+        complain(status, err.text);
+    else if (!(cl->loop = dtls_loop_new(NULL)))
+        status = complain(1, strerror(errno));
+    else
+        status = client_run(cl);
+    cl->finished = true;
+    dtls_loop_free(cl->loop);
+    if (cl->editor)
+        editor_close(cl->editor);
+    free(cl->editor);
+    SSL_SESSION_free(cl->session);
+    free(cl);
+    return status;
+}
+
+int main(int argc, char **argv)
+{
+    struct options o;
+    dtls_error err;
+    if (options_parse(&o, argc, argv, &err) < 0)
+        return complain(EXIT_USAGE, err.text);
+    if (o.help)
+        fputs(usage_text, stdout);
+    else if (o.version)
+        printf("dtls %s, %s\n", dtls_version(), OpenSSL_version(OPENSSL_VERSION));
+    else
+        return o.server ? server_main(&o) : client_main(&o);
+    return fflush(stdout) == 0 ? 0 : 1;
+}
+
+#endif

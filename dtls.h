@@ -1,0 +1,342 @@
+/* dtls.h - DTLS 1.2 over UDP in one C file, on OpenSSL.
+ *
+ * Copyright (c) 2026 the dtls.c authors
+ *
+ * Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+ * documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+ * rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to
+ * permit persons to whom the Software is furnished to do so, subject to the following conditions: The above copyright
+ * notice and this permission notice shall be included in all copies or substantial portions of the Software.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+ * WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+ * COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+ * OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+ *
+ * How the pieces fit:
+ *
+ *   loop      descriptors, timers, signals; epoll or kqueue. Runs by itself or inside another loop.
+ *   endpoint  one identity (certificate, key, CA), its listening sockets, its connections.
+ *   conn      one DTLS association with one peer. You get messages from it and send messages to it.
+ *
+ * Threads: a loop and everything made on it belong to one thread, the one that polls it. The only call for other
+ * threads is dtls_loop_post(). Loops share nothing, so several of them in several threads are independent.
+ *
+ * Errors: calls that can fail return 0 or a negative DTLS_ERR_ value, calls that make something return NULL. Those that
+ * take a dtls_error fill it with the code and one line of text; it may be NULL. Nothing here prints, exits or aborts.
+ *
+ * Callbacks run inside dtls_loop_poll(), dtls_loop_run(), dtls_endpoint_input() or the call that caused them. They may
+ * call anything in this header except dtls_loop_poll(), dtls_loop_run() and dtls_loop_free(); closing or freeing any
+ * object from any callback is safe: memory goes away at the end of the turn.
+ *
+ * Time is in milliseconds where a name ends in _ms. In the configuration 0 always means the default written beside the
+ * field, and DTLS_NEVER switches a timer off.
+ */
+#ifndef DTLS_H
+#define DTLS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define DTLS_C_VERSION "0.1.0"
+#define DTLS_NEVER (-1)
+#define DTLS_MESSAGE_MAX 16384 /* bytes in one message: one DTLS record, RFC 6347 section 4.1 */
+
+struct sockaddr;       /* <sys/socket.h> */
+struct ssl_st;         /* OpenSSL's SSL, SSL_CTX and SSL_SESSION, so that this header needs none of OpenSSL's */
+struct ssl_ctx_st;
+struct ssl_session_st;
+
+typedef struct dtls_loop dtls_loop;
+typedef struct dtls_watch dtls_watch;
+typedef struct dtls_timer dtls_timer;
+typedef struct dtls_endpoint dtls_endpoint;
+typedef struct dtls_conn dtls_conn;
+
+/* The version of the compiled dtls.c, "0.1.0"; compare with DTLS_C_VERSION. Any thread. */
+const char *dtls_version(void);
+
+/* ---- errors ------------------------------------------------------------------------------------------------------ */
+
+enum {
+    DTLS_ERR_ARG = -1,    /* an argument is missing or out of range */
+    DTLS_ERR_ADDR = -2,   /* text that is no address */
+    DTLS_ERR_MEMORY = -3, /* out of memory; nothing was changed */
+    DTLS_ERR_SYSTEM = -4, /* a system call failed: the text has errno's words */
+    DTLS_ERR_CERT = -5,   /* certificate, key or CA unreadable, mismatched, expired or missing */
+    DTLS_ERR_TLS = -6,    /* OpenSSL refused: the text has its reason */
+    DTLS_ERR_STATE = -7,  /* not possible now: not connected yet, closed, or called from where it must not be */
+    DTLS_ERR_SIZE = -8,   /* a message of 0 or of more than DTLS_MESSAGE_MAX bytes: nothing was sent */
+    DTLS_ERR_AGAIN = -9,  /* a send queue is full: nothing was sent, drop the message or try later */
+    DTLS_ERR_LIMIT = -10  /* a configured limit is reached */
+};
+
+typedef struct dtls_error {
+    int code;       /* DTLS_ERR_ value */
+    char text[248]; /* one line, no newline */
+} dtls_error;
+
+/* A constant text for a DTLS_ERR_ value. Any thread. */
+const char *dtls_strerror(int code);
+
+/* ---- addresses --------------------------------------------------------------------------------------------------- */
+
+/* An IPv4 or IPv6 address and port, in one canonical form: equal addresses are equal byte for byte. IPv4-mapped IPv6
+ * becomes IPv4, unused bytes are zero. A transport of your own may put any 16 bytes into ip. */
+typedef struct dtls_addr {
+    uint8_t ip[16];   /* network order; IPv4 in the first four bytes */
+    uint32_t scope;   /* interface index of an IPv6 link-local address, otherwise 0 */
+    uint16_t port;    /* host order */
+    uint8_t family;   /* 4 or 6; 0: no address */
+    uint8_t reserved; /* 0 */
+} dtls_addr;
+
+#define DTLS_ADDR_TEXT 80 /* bytes that hold any formatted address */
+
+/* Reads "127.0.0.1:1234", "[::1]:1234" or "[fe80::1%eth0]:1234". Port 0 is accepted (the system picks one on listen).
+ * Host names are not resolved. Returns 0 or DTLS_ERR_ADDR with the reason. Any thread. */
+int dtls_addr_parse(dtls_addr *addr, const char *text, dtls_error *err);
+
+/* Writes the form that dtls_addr_parse() reads and returns buf; cuts at size. Any thread. */
+char *dtls_addr_format(const dtls_addr *addr, char *buf, size_t size);
+
+/* 1 if both are the same address and port. Any thread. */
+int dtls_addr_equal(const dtls_addr *a, const dtls_addr *b);
+
+/* From a sockaddr_in or sockaddr_in6 of len bytes. Returns 0 or DTLS_ERR_ADDR. Any thread. */
+int dtls_addr_from_sockaddr(dtls_addr *addr, const struct sockaddr *sa, size_t len);
+
+/* ---- loop -------------------------------------------------------------------------------------------------------- */
+
+typedef struct dtls_loop_config {
+    int64_t (*now_us)(void *user); /* a clock that never goes back, in microseconds; NULL: the system's monotonic one */
+    void *user;                    /* handed to now_us */
+} dtls_loop_config;
+
+/* A new loop; config may be NULL. NULL when out of memory or descriptors. */
+dtls_loop *dtls_loop_new(const dtls_loop_config *config);
+
+/* Frees the loop with every endpoint (their peers get close_notify, their events are raised), watch, timer and signal
+ * still on it. Functions still posted are not called. NULL is fine. Not from a callback. */
+void dtls_loop_free(dtls_loop *loop);
+
+/* Turns until dtls_loop_stop(). Returns 0, or DTLS_ERR_SYSTEM if the system's event call fails. */
+int dtls_loop_run(dtls_loop *loop);
+
+/* Makes dtls_loop_run() return after the present turn. From another thread: post a function that calls this. */
+void dtls_loop_stop(dtls_loop *loop);
+
+/* One turn: waits up to timeout_ms (-1: until something happens, 0: not at all; never past the next timer), runs what
+ * is due, sends what was queued, frees what was closed. Returns 0 or a negative error; DTLS_ERR_STATE from a callback. */
+int dtls_loop_poll(dtls_loop *loop, int timeout_ms);
+
+/* For embedding: the one descriptor that becomes readable when dtls_loop_poll(loop, 0) has something to do. Watch it
+ * level-triggered; it is the loop's, do not close it. */
+int dtls_loop_fd(const dtls_loop *loop);
+
+/* For embedding: milliseconds until dtls_loop_poll(loop, 0) must be called even if the descriptor stays silent; -1: no
+ * timer is set. Ask again after every poll and after every other call into this library. */
+int dtls_loop_timeout(dtls_loop *loop);
+
+/* The loop's clock, microseconds. */
+int64_t dtls_loop_now(const dtls_loop *loop);
+
+/* From any thread: fn(arg) runs on the loop's thread, in the order of posting. Returns 0, DTLS_ERR_MEMORY, or
+ * DTLS_ERR_AGAIN while 65,536 functions are waiting. The loop must outlive the call. */
+int dtls_loop_post(dtls_loop *loop, void (*fn)(void *arg), void *arg);
+
+/* Calls fn when the process gets the signal (signalfd or EVFILT_SIGNAL: the signal is blocked or ignored for as long as
+ * it is watched, so call this before starting threads). fn NULL: no longer. At most 16. Returns 0 or an error. */
+int dtls_loop_signal(dtls_loop *loop, int signo, void (*fn)(void *user, int signo), void *user);
+
+enum { DTLS_READ = 1, DTLS_WRITE = 2 };
+
+/* Calls fn while fd is readable or writable (level-triggered; errors and hang-ups count as both). The descriptor stays
+ * yours; close it after dtls_watch_free(). NULL if the system cannot watch it (errno EPERM for regular files). */
+dtls_watch *dtls_watch_new(dtls_loop *loop, int fd, unsigned events,
+                           void (*fn)(void *user, int fd, unsigned events), void *user);
+int dtls_watch_set(dtls_watch *watch, unsigned events); /* 0 or DTLS_ERR_SYSTEM */
+void dtls_watch_free(dtls_watch *watch);                /* NULL is fine */
+
+/* A timer, not yet set; NULL when out of memory. It fires once per dtls_timer_set(). */
+dtls_timer *dtls_timer_new(dtls_loop *loop, void (*fn)(void *user), void *user);
+void dtls_timer_set(dtls_timer *timer, int64_t delay_ms); /* negative: stops it. Cannot fail. */
+void dtls_timer_free(dtls_timer *timer);                  /* NULL is fine */
+
+/* ---- endpoint ---------------------------------------------------------------------------------------------------- */
+
+typedef enum dtls_event {
+    DTLS_EV_CONNECTED, /* handshake done, peer verified; sending is possible from now on */
+    DTLS_EV_MESSAGE,   /* data, len: one whole message, valid during the call */
+    DTLS_EV_IDLE,      /* nothing authentic came for idle_ms: a time to probe; repeated every idle_repeat_ms */
+    DTLS_EV_CLOSED     /* the last event, exactly once: see dtls_conn_reason(). The conn is gone after the call. */
+} dtls_event;
+
+typedef enum dtls_log { DTLS_LOG_ERROR, DTLS_LOG_WARNING, DTLS_LOG_INFO, DTLS_LOG_DEBUG } dtls_log;
+
+/* Start from a zeroed one: that is the safe default. Strings are copied or used up during dtls_endpoint_new(). */
+typedef struct dtls_config {
+    /* Who we are and whom we trust: PEM files. Verification is mutual and cannot be switched off here: a peer needs a
+     * certificate from ca_file for the right purpose (extendedKeyUsage clientAuth or serverAuth), a server also the
+     * expected name. NULL where on_ssl_ctx provides the same. Encrypted keys are refused, nothing prompts. */
+    const char *cert_file; /* own certificate, then its intermediates */
+    const char *key_file;
+    const char *ca_file;
+
+    void (*on_event)(dtls_conn *conn, dtls_event event, const void *data, size_t len);
+    void (*on_log)(void *user, dtls_log level, const char *line); /* one line per connect, close and failure */
+    int (*on_ssl_ctx)(void *user, struct ssl_ctx_st *ctx);        /* last change to the SSL_CTX; not 0: give up */
+    void *user;                                                   /* see dtls_endpoint_user() */
+
+    /* Timers. Retransmission doubles from the first value to the largest (RFC 6347 section 4.2.4). */
+    int retransmit_ms;        /* 400 */
+    int retransmit_max_ms;    /* 6,000 */
+    int handshake_timeout_ms; /* 30,000: gives up on a handshake */
+    int idle_ms;              /* silence before DTLS_EV_IDLE; 0 and DTLS_NEVER: no such event */
+    int idle_repeat_ms;       /* 5,000: between repeated DTLS_EV_IDLE */
+    int idle_timeout_ms;      /* 120,000: silence after which the peer counts as gone; or DTLS_NEVER */
+    int cookie_ms;            /* 60,000: a cookie secret's age when the next one takes over; the last one stays valid */
+
+    /* Sizes and limits. */
+    int mtu_bytes;           /* 1,500: the link's MTU with IP and UDP headers, 256 to 65,535; sizes handshake flights */
+    int max_conns;           /* 4,096, those in handshake included */
+    int max_handshakes;      /* 512 accepted handshakes in progress */
+    int datagrams_per_turn;  /* 64 read from one socket before the others get their turn */
+    int send_queue_bytes;    /* 1,048,576 waiting per socket when the system will not take more */
+    int socket_buffer_bytes; /* 1,048,576 asked for SO_RCVBUF and SO_SNDBUF; the system may give less */
+    int session_cache;       /* 4,096 sessions kept for resumption by a server; DTLS_NEVER: none */
+
+    /* A transport of your own: takes one datagram, returns 0, or not 0 if it cannot take it now. Then this endpoint
+     * opens no sockets; hand what arrives to dtls_endpoint_input(), but never from inside this call. */
+    int (*send)(void *user, const void *data, size_t len, const dtls_addr *from, const dtls_addr *to);
+} dtls_config;
+
+/* A new endpoint on the loop. Loads and checks certificate, key and CA: a mismatch or an expired certificate is an error
+ * here, not at the first handshake. */
+dtls_endpoint *dtls_endpoint_new(dtls_loop *loop, const dtls_config *config, dtls_error *err);
+
+/* Accepts connections on a local address. Every IPv6 socket is IPv6 only; "[::]:p" also opens "0.0.0.0:p". A wildcard
+ * socket answers from the address it was asked on. With port 0 the system picks one and addr gets it. With a transport
+ * of your own addr may be NULL. Returns 0, 1 if a wildcard already opened covers the address, or an error. */
+int dtls_endpoint_listen(dtls_endpoint *ep, dtls_addr *addr, dtls_error *err);
+
+typedef struct dtls_target {
+    dtls_addr peer;
+    dtls_addr local;                /* with a transport of your own: the address to send from; otherwise left zero */
+    const char *name;               /* DNS name or IP that the server's certificate must have in its subjectAltName; */
+                                    /* NULL: the IP of peer */
+    struct ssl_session_st *session; /* from dtls_conn_session(), to resume; NULL: full handshake. Stays yours. */
+    void *user;                     /* for dtls_conn_user() */
+} dtls_target;
+
+/* Starts a connection; DTLS_EV_CONNECTED or DTLS_EV_CLOSED tells how it went, never before this call returns. NULL: it
+ * could not start, no event follows. */
+dtls_conn *dtls_endpoint_connect(dtls_endpoint *ep, const dtls_target *target, dtls_error *err);
+
+/* One datagram that arrived through a transport of your own; the bytes stay yours. `from` is the peer, `to` the local
+ * address (any constant will do). Whatever it holds, the return is 0, but DTLS_ERR_STATE from inside config.send. */
+int dtls_endpoint_input(dtls_endpoint *ep, const void *data, size_t len, const dtls_addr *from, const dtls_addr *to);
+
+/* Calls fn for each connected peer (not those still in handshake); fn may close any of them. */
+void dtls_endpoint_each(dtls_endpoint *ep, void (*fn)(dtls_conn *conn, void *user), void *user);
+
+/* config.user */
+void *dtls_endpoint_user(const dtls_endpoint *ep);
+
+/* Closes every connection (close_notify, DTLS_EV_CLOSED) and every socket, and frees the endpoint. NULL is fine. */
+void dtls_endpoint_free(dtls_endpoint *ep);
+
+/* Why datagrams or records were dropped before they could reach OpenSSL. */
+typedef enum dtls_drop {
+    DTLS_DROP_MALFORMED, /* no DTLS record, or cut short */
+    DTLS_DROP_OVERSIZE,  /* larger than any record */
+    DTLS_DROP_STRANGER,  /* neither a ClientHello nor from a known peer */
+    DTLS_DROP_HELLO,     /* a ClientHello that is malformed, or repeated on a live connection */
+    DTLS_DROP_LIMIT,     /* max_conns or max_handshakes reached, or no memory for one more */
+    DTLS_DROP_EPOCH,     /* unprotected record on an established connection, or an epoch that cannot be */
+    DTLS_DROP_SHORT,     /* protected record with no room for nonce and tag: fatal to OpenSSL */
+    DTLS_DROP_ALERT,     /* unprotected alert during a handshake: anybody can send one */
+    DTLS_DROP_DATA,      /* unprotected application data */
+    DTLS_DROP_HANDSHAKE, /* handshake or ChangeCipherSpec record that no real peer sends */
+    DTLS_DROP_EARLY,     /* protected records ahead of the handshake, beyond the handful that is kept */
+    DTLS_DROP_SEND,      /* outgoing datagram that the system refused */
+    DTLS_DROP_COUNT
+} dtls_drop;
+
+typedef struct dtls_counters {
+    uint64_t datagrams_in, datagrams_out;
+    uint64_t cookies_sent;       /* HelloVerifyRequests */
+    uint64_t handshakes_full;    /* completed, both roles */
+    uint64_t handshakes_resumed; /* completed, both roles */
+    uint64_t handshakes_failed;
+    uint64_t retransmissions;    /* flights sent again by our timer */
+    uint64_t receive_errors;     /* errors the system reported on a socket; life goes on */
+    uint64_t dropped[DTLS_DROP_COUNT];
+    size_t conns;                /* now, those in handshake included */
+    size_t handshakes;           /* now */
+} dtls_counters;
+
+void dtls_endpoint_counters(const dtls_endpoint *ep, dtls_counters *counters);
+const char *dtls_drop_name(dtls_drop reason); /* "malformed", ...; any thread */
+
+/* ---- connection -------------------------------------------------------------------------------------------------- */
+
+typedef enum dtls_reason {
+    DTLS_CLOSE_NONE,     /* not closed */
+    DTLS_CLOSE_LOCAL,    /* dtls_conn_close(), dtls_endpoint_free() */
+    DTLS_CLOSE_PEER,     /* the peer's close_notify */
+    DTLS_CLOSE_TIMEOUT,  /* the handshake did not finish in time */
+    DTLS_CLOSE_IDLE,     /* nothing authentic came for idle_timeout_ms */
+    DTLS_CLOSE_REPLACED, /* the same address made a new association (RFC 6347 section 4.2.8) */
+    DTLS_CLOSE_REFUSED,  /* the peer refused: its alert, or ICMP says nobody is there */
+    DTLS_CLOSE_VERIFY,   /* we refused the peer's certificate */
+    DTLS_CLOSE_ERROR     /* a protocol error, a fatal alert, or no memory */
+} dtls_reason;
+
+typedef struct dtls_info {
+    dtls_addr peer, local;
+    const char *peer_name; /* commonName of the peer's certificate, "" if none; control characters replaced */
+    const char *cipher;    /* OpenSSL's name; "" before the handshake chose one */
+    int server;            /* 1: the peer connected to us */
+    int connected;         /* 1 between DTLS_EV_CONNECTED and DTLS_EV_CLOSED */
+    int resumed;           /* 1: the handshake was abbreviated */
+    int64_t age_ms;        /* since the first datagram or dtls_endpoint_connect() */
+    int64_t silent_ms;     /* since the last authentic message, or since connecting */
+    uint64_t messages_in, messages_out, bytes_in, bytes_out; /* application data */
+} dtls_info;
+
+/* Sends one message of 1 to DTLS_MESSAGE_MAX bytes as one record in one datagram (SSL_write); the bytes are copied.
+ * Messages may be lost, doubled never, reordered. Returns 0, or _SIZE, _STATE or _AGAIN with the connection unharmed, or
+ * _TLS after which DTLS_EV_CLOSED was raised. It leaves at the end of the turn, at once if no turn is under way. */
+int dtls_conn_send(dtls_conn *conn, const void *data, size_t len);
+
+/* The largest message that needs no IP fragmentation (DTLS_get_data_mtu); 0 before the handshake is done. */
+size_t dtls_conn_payload_max(const dtls_conn *conn);
+
+/* Sends close_notify once, raises DTLS_EV_CLOSED and lets go; never waits. */
+void dtls_conn_close(dtls_conn *conn);
+
+/* Strings in info are valid until the connection is gone. */
+void dtls_conn_info(const dtls_conn *conn, dtls_info *info);
+
+dtls_reason dtls_conn_reason(const dtls_conn *conn);
+const char *dtls_conn_reason_text(const dtls_conn *conn); /* one line, until the conn is gone; "" while not closed */
+
+dtls_endpoint *dtls_conn_endpoint(const dtls_conn *conn);
+void *dtls_conn_user(const dtls_conn *conn);
+void dtls_conn_set_user(dtls_conn *conn, void *user);
+
+/* The session to resume later, from DTLS_EV_CONNECTED on: a reference that you free with SSL_SESSION_free(), or NULL. */
+struct ssl_session_st *dtls_conn_session(const dtls_conn *conn);
+
+/* The SSL, to look things up. Do not read, write, shut down or free it, and do not change its BIO. */
+struct ssl_st *dtls_conn_ssl(const dtls_conn *conn);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,110 @@
+#!/bin/sh
+# Builds everything under sanitizers and runs every test: ./test.sh [all] [PROGRAM]
+# The last line counts the results; the exit status is 1 if anything failed, or if nothing passed.
+set -u
+cd "$(dirname -- "$0")" || exit 1
+programs='library unit memory dropin e2e'
+limit_s=300 # for each program
+
+[ "${1-}" != all ] || shift
+case "$# $programs " in
+0*) ;;
+1*" $1 "*) programs=$1 ;;
+*)
+    echo "usage: ./test.sh [all] [$(echo "$programs" | tr ' ' '|')]" >&2
+    exit 2
+    ;;
+esac
+
+scratch=$(mktemp -d) || exit 1
+log=$scratch/log
+children=
+trap 'kill $children 2>/dev/null; wait; rm -rf "$scratch"' EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+say() { # line
+    echo "$1" | tee -a "$log"
+}
+
+count() { # kind of result
+    grep -c "^$1 - " "$log"
+}
+
+finish() {
+    echo "$(count ok) passed, $(count 'not ok') failed, $(count skip) skipped"
+    [ "$(count 'not ok')" = 0 ] && [ "$(count ok)" != 0 ]
+    exit
+}
+
+wanted() { # program
+    case " $programs " in *" $1 "*) ;; *) return 1 ;; esac
+}
+
+build() { # file, compiler arguments...
+    file=tests/build/$1
+    shift
+    rm -f "$file"
+    $cc $sanitize -I. -o "$file" "$@" >"$file.log" 2>&1 &
+    children="$children $!"
+}
+
+run() { # program, file that must have been built or "", command...
+    program=$1 file=$2
+    shift 2
+    wanted "$program" || return 0
+    if [ -n "$file" ] && [ ! -x "$file" ]; then
+        cat "$file.log"
+        say "not ok - $program: $file does not build"
+        return
+    fi
+    # In the background, because a shell looks at its traps only between two commands, or while it waits.
+    python3 tests/run.py "$log" $limit_s "$program" "$@" &
+    children=$!
+    wait "$children" || say "not ok - $program: could not run"
+    children=
+}
+
+: >"$log"
+sh tests/setup.sh test || {
+    say 'not ok - setup'
+    finish
+}
+
+cc=${CC:-cc}
+sanitize='-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1'
+leaks=1
+echo 'int main(void) { return 0; }' >"$scratch/try.c"
+if ! { $cc $sanitize -o "$scratch/try" "$scratch/try.c" && ASAN_OPTIONS=detect_leaks=0 "$scratch/try"; } 2>/dev/null; then
+    sanitize='-g -O1'
+    say 'skip - sanitizers: not with this compiler'
+elif ! ASAN_OPTIONS=detect_leaks=1 "$scratch/try" 2>/dev/null; then
+    leaks=0
+    say 'skip - leak detection: not on this system'
+fi
+
+export ASAN_OPTIONS="detect_leaks=$leaks:halt_on_error=1:abort_on_error=1:detect_stack_use_after_return=1"
+export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1:abort_on_error=1
+export DTLS_BIN="$PWD/tests/build/dtls"
+export CERTS_DIR="$scratch/certs"
+
+mkdir -p tests/build
+libssl=$(pkg-config --cflags --libs openssl 2>/dev/null) || libssl='-lssl -lcrypto'
+libedit=$(pkg-config --cflags --libs libedit 2>/dev/null) || libedit=-ledit
+if wanted unit; then build unit tests/unit.c -pthread $libssl $libedit; fi
+if wanted memory; then build memory tests/memory.c dtls.c -pthread $libssl; fi
+if wanted dropin || wanted e2e; then build dtls -DDTLS_MAIN dtls.c $libssl $libedit; fi
+wait
+children=
+sh certs/certs.sh all >"$scratch/certs.log" 2>&1 || {
+    cat "$scratch/certs.log"
+    say 'not ok - certificates'
+}
+
+run library '' sh tests/library.sh
+run unit tests/build/unit tests/build/unit "$CERTS_DIR"
+run memory tests/build/memory tests/build/memory "$CERTS_DIR"
+run dropin tests/build/dtls sh tests/dropin.sh
+run e2e tests/build/dtls python3 tests/e2e.py
+finish

@@ -1,0 +1,2062 @@
+#!/usr/bin/env python3
+"""End-to-end tests: the real program, real sockets, real pseudo-terminals.
+
+    python3 tests/e2e.py [-l] [-t] [NAME-FILTER...]     -l: list the tests, -t: add each test's time to its line
+
+Environment: DTLS_BIN, the program (default ./dtls); CERTS_DIR, a folder with ca.pem, ca.key, server.pem, server.key,
+client.pem and client.key (default: a fresh one, made by certs/certs.sh).
+
+Prints one line for each test, `ok - e2e NAME`, `not ok - e2e NAME: REASON` or `skip - e2e NAME: REASON`; below a failed
+one, indented, what each process said last. The exit status is 1 if any failed.
+
+Every test gets a Case. It makes the processes, relays and certificates, and at the end stops what still runs: every
+process of ours must then have ended with the status that was expected, and no sanitizer may have spoken.
+"""
+
+import atexit
+import collections
+import fcntl
+import os
+import pathlib
+import pty
+import random
+import re
+import selectors
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from screen import Screen, layout
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+BIN = os.path.abspath(os.environ.get("DTLS_BIN") or ROOT / "dtls")
+CERTS = os.path.abspath(os.environ["CERTS_DIR"]) if os.environ.get("CERTS_DIR") else None
+OPENSSL = shutil.which("openssl")
+
+JOBS = 4
+WAIT = 15.0  # seconds that an event may take when nothing else is said; only a failing test ever waits that long
+PROMPT = 3.0  # seconds for what the program promises "at once" or "within a second", with room for sanitizers and load
+MESSAGE_MAX = 16384
+COMMANDS = "commands: ping, echo TEXT, whoami, stats, bc TEXT"
+CONNECTED = r"^(?P<addr>\S+) connected: (?P<name>.*), (?P<cipher>[A-Z0-9-]+), (?P<kind>full handshake|resumed session)$"
+SANITIZER = re.compile(r"Sanitizer|runtime error:")
+
+
+class Failure(Exception):
+    """The program did not do what it should."""
+
+
+class Skip(Exception):
+    """This system cannot run the test."""
+
+
+def check(condition, reason):
+    if not condition:
+        raise Failure(reason)
+
+
+def equal(got, wanted, what):
+    if got != wanted:
+        raise Failure(f"{what}: got {shorten(got)}, wanted {shorten(wanted)}")
+
+
+def shorten(value, limit=300):
+    text = value if isinstance(value, str) and value.isidentifier() else repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+class Pump(threading.Thread):
+    """One thread that reads the output of every process."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.selector = selectors.DefaultSelector()
+        self.inbox = collections.deque()
+        self.waker, self.wakee = socket.socketpair()
+        self.selector.register(self.wakee, selectors.EVENT_READ)
+        self.start()
+
+    def add(self, fd, output):
+        self.inbox.append((fd, output))
+        self.waker.send(b".")
+
+    def run(self):
+        while True:
+            for key, _ in self.selector.select():
+                if key.fileobj is self.wakee:
+                    self.wakee.recv(4096)
+                    while self.inbox:
+                        fd, output = self.inbox.popleft()
+                        self.selector.register(fd, selectors.EVENT_READ, output)
+                    continue
+                try:
+                    data = os.read(key.fd, 65536)
+                except OSError:  # a terminal whose other side is gone: EIO
+                    data = b""
+                if data:
+                    key.data.feed(data)
+                else:
+                    self.selector.unregister(key.fd)
+                    os.close(key.fd)
+                    key.data.close()
+
+
+class Output:
+    """What a process wrote to one descriptor so far, for waiting on it."""
+
+    def __init__(self, name):
+        self.name = name
+        self.data = bytearray()
+        self.closed = False
+        self.changed = threading.Condition()
+
+    def feed(self, data):
+        with self.changed:
+            self.data += data
+            self.changed.notify_all()
+
+    def close(self):
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+
+    @property
+    def text(self):
+        return bytes(self.data).decode("utf-8", "backslashreplace")
+
+    def lines(self):
+        return self.text.splitlines()
+
+    def until(self, look, what, timeout=WAIT):
+        """Waits until look() gives something true and returns that."""
+        deadline = time.monotonic() + timeout
+        with self.changed:
+            while True:
+                found = look()
+                if found:
+                    return found
+                left = deadline - time.monotonic()
+                if self.closed:
+                    raise Failure(f"{self.name} ended without {what}")
+                if left <= 0:
+                    raise Failure(f"{self.name} had no {what} within {timeout:g} s")
+                self.changed.wait(left)
+
+    def wait(self, pattern, nth=1, timeout=WAIT, partial=False):
+        """Waits for the nth match in whole lines (with partial: in everything) and returns it."""
+        regex = re.compile(pattern, re.M)
+
+        def look():
+            text = self.text
+            if not partial and not self.closed:
+                text = text[:text.rfind("\n") + 1]
+            found = list(regex.finditer(text))
+            return found[nth - 1] if len(found) >= nth else None
+
+        times = f" {nth} times" if nth > 1 else ""
+        return self.until(look, f"{pattern!r}{times}", timeout)
+
+    def wait_line(self, line, nth=1, timeout=WAIT):
+        return self.wait(f"^{re.escape(line)}$", nth, timeout)
+
+    def count(self, pattern):
+        return len(re.findall(pattern, self.text, re.M))
+
+
+PUMP = Pump()
+LIVE = set()  # every process not yet reaped, and
+FOLDERS = set()  # every temporary folder, for an interrupted run
+
+
+def environment(case, **more):
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "DTLS_", "OPENSSL_CONF"))}
+    env.update(HOME=case.tmp, LANG="C.UTF-8", LC_ALL="C.UTF-8", UBSAN_OPTIONS="print_stacktrace=1")
+    env.pop("TERM", None)
+    env.update(more)
+    return env
+
+
+class Proc:
+    """A running process: its output, its input, its end."""
+
+    ours = True  # its exit status and its memory are our business
+
+    def __init__(self, case, title, argv, stdin=subprocess.PIPE, env=None):
+        self.case, self.title, self.argv = case, title, [str(word) for word in argv]
+        self.expected = None  # the exit status that was waited for
+        self.out, self.err = Output(f"{title}'s stdout"), Output(f"{title}'s stderr")
+        feed = stdin if isinstance(stdin, bytes) else None
+        handle = subprocess.PIPE if feed is not None else stdin
+        if isinstance(stdin, (str, pathlib.Path)):
+            handle = open(stdin, "rb")
+        try:
+            self.process = subprocess.Popen(
+                self.argv, stdin=handle, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, cwd=case.tmp,
+                env=env or environment(case), start_new_session=True)
+        finally:
+            if hasattr(handle, "close"):
+                handle.close()
+        LIVE.add(self.process)
+        case.procs.append(self)
+        for pipe, output in ((self.process.stdout, self.out), (self.process.stderr, self.err)):
+            PUMP.add(os.dup(pipe.fileno()), output)
+            pipe.close()
+        if feed is not None:
+            threading.Thread(target=self.feed, args=(feed,), daemon=True).start()
+
+    def feed(self, data):
+        try:
+            self.write(data)
+        except OSError:
+            pass
+        self.close_stdin()
+
+    def write(self, data):
+        view = memoryview(data)
+        while view:
+            view = view[self.process.stdin.write(view):]
+
+    def send(self, line):
+        self.write((line.encode() if isinstance(line, str) else line) + b"\n")
+
+    def close_stdin(self):
+        if self.process.stdin:
+            try:
+                self.process.stdin.close()
+            except OSError:
+                pass
+
+    def send_signal(self, number):
+        self.process.send_signal(number)
+
+    def kill(self):
+        """kill -9"""
+        self.send_signal(signal.SIGKILL)
+        self.exits(-signal.SIGKILL)
+
+    def running(self):
+        return self.process.poll() is None
+
+    def reap(self, timeout):
+        """Waits for the end and all output; returns the status."""
+        try:
+            status = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise Failure(f"{self.title} still runs after {timeout:g} s") from None
+        LIVE.discard(self.process)
+        self.ended()
+        for output in (self.out, self.err):
+            with output.changed:
+                output.changed.wait_for(lambda: output.closed, 2)
+        return status
+
+    def ended(self):
+        self.close_stdin()
+
+    def exits(self, status, timeout=WAIT):
+        got = self.reap(timeout)
+        self.expected = got  # said below if it is wrong, not again at the end
+        equal(got, status, f"exit status of {self.title}")
+        return self
+
+    def stop(self, number=signal.SIGTERM, timeout=PROMPT):
+        self.send_signal(number)
+        return self.exits(0, timeout)
+
+    def finish(self):
+        """At the end of a test: stops it, and looks at how it ended."""
+        if self.running():
+            self.send_signal(signal.SIGCONT)
+            self.send_signal(signal.SIGTERM)
+            status = self.reap(2 * PROMPT)
+            wanted = 0
+        else:
+            status = self.reap(WAIT)
+            wanted = self.expected if self.expected is not None else 0
+        if self.ours:
+            equal(status, wanted, f"exit status of {self.title}")
+            said = SANITIZER.search(self.transcript())
+            check(not said, f"a sanitizer spoke in {self.title}")
+
+    def destroy(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        LIVE.discard(self.process)
+        self.close_stdin()
+
+    def transcript(self):
+        return self.err.text + self.out.text
+
+    def details(self):
+        status = self.process.poll()
+        yield f"{self.title}: {' '.join(self.argv)} ({'running' if status is None else f'status {status}'})"
+        for name, output, limit in (("err", self.err, 40 if SANITIZER.search(self.err.text) else 15),
+                                    ("out", self.out, 8)):
+            lines = output.lines()
+            if len(lines) > limit:
+                yield f"  {name}| ... {len(lines) - limit} lines before"
+            for line in lines[-limit:]:
+                yield f"  {name}| {shorten(line, 240) if len(line) > 240 else line}"
+
+
+class Server(Proc):
+    """The program as a server; self.addrs are its addresses, self.addr the first of them."""
+
+    def __init__(self, case, options, addrs, certs):
+        super().__init__(case, case.title("server"), [BIN, "server", "--certs", certs, *options, *addrs],
+                         stdin=subprocess.DEVNULL)
+        self.addrs, self.addr = addrs, addrs[0]
+
+    def connected(self, nth=1, timeout=WAIT):
+        return self.err.wait(CONNECTED, nth, timeout)
+
+
+class Client(Proc):
+    """The program as a client that is not on a terminal."""
+
+    def __init__(self, case, addr, options, stdin, certs):
+        super().__init__(case, case.title("client"), [BIN, "client", "--certs", certs, *options, addr], stdin=stdin)
+
+    def connected(self, nth=1, timeout=WAIT):
+        return self.err.wait(CONNECTED, nth, timeout)
+
+    def ask(self, line, answer, timeout=WAIT):
+        """Sends a line and waits for one more line of exactly this answer."""
+        before = self.out.lines().count(answer)
+        self.send(line)
+        self.out.wait_line(answer, before + 1, timeout)
+
+    def ends(self):
+        """End of input: the client must leave by itself, content."""
+        self.close_stdin()
+        return self.exits(0)
+
+
+class Foreign(Proc):
+    """OpenSSL's own command line tool."""
+
+    ours = False
+
+    def __init__(self, case, title, *argv, stdin=subprocess.PIPE):
+        super().__init__(case, case.title(title), [OPENSSL, title, "-dtls1_2", *argv], stdin=stdin)
+
+
+class Term(Proc):
+    """A program on a pseudo-terminal of its own, with a screen that shows what a person would see."""
+
+    # Takes the terminal as the controlling one, so that ^C and a resized window become signals, and becomes the program.
+    TAKE = ("import fcntl, os, sys, termios\n"
+            "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+            "os.execvp(sys.argv[1], sys.argv[1:])")
+
+    def __init__(self, case, argv, cols=80, rows=24, term="xterm", title="terminal"):
+        self.case, self.title, self.argv = case, case.title(title), [str(word) for word in argv]
+        self.expected = None
+        self.screen = Screen(cols, rows)
+        self.out = self.err = Output(f"{self.title}'s screen")
+        self.out.feed = self.feed_screen
+        self.master, self.slave = pty.openpty()
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+        self.modes = termios.tcgetattr(self.slave)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.TAKE, *self.argv], stdin=self.slave, stdout=self.slave, stderr=self.slave,
+            cwd=case.tmp, env=environment(case, TERM=term), start_new_session=True)
+        LIVE.add(self.process)
+        case.procs.append(self)
+        PUMP.add(os.dup(self.master), self.out)
+
+    def feed_screen(self, data):
+        with self.out.changed:
+            self.out.data += data
+            self.screen.feed(data)
+            self.out.changed.notify_all()
+
+    def type(self, text):
+        view = memoryview(text.encode() if isinstance(text, str) else text)
+        while view:
+            view = view[os.write(self.master, view):]
+
+    def see(self, look, what, timeout=WAIT):
+        return self.out.until(look, what, timeout)
+
+    def shows(self, line, nth=1, timeout=WAIT):
+        """Waits until the screen (or what scrolled off it) has this whole line."""
+        times = f" {nth} times" if nth > 1 else ""
+        self.see(lambda: self.screen.lines().count(line) >= nth, f"the line {line!r}{times}", timeout)
+
+    def shows_like(self, pattern, nth=1, timeout=WAIT):
+        def look():
+            found = list(re.finditer(pattern, "\n".join(self.screen.lines()), re.M))
+            return found[nth - 1] if len(found) >= nth else None
+
+        return self.see(look, f"a line like {pattern!r}{f' {nth} times' if nth > 1 else ''}", timeout)
+
+    def prompts(self, before="", behind="", timeout=WAIT):
+        """Waits until the prompt is the last thing on the screen, with this text before and behind the cursor."""
+        self.see(lambda: self.screen.has_at_cursor("> " + before, behind),
+                 f"prompt with {before!r} before and {behind!r} behind the cursor", timeout)
+
+    def ask(self, line, answer, nth=1):
+        self.type(line + "\r")
+        self.shows(answer, nth)
+
+    def resize(self, cols, rows):
+        with self.out.changed:
+            self.screen.resize(cols, rows)
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+
+    def restored(self):
+        """After the end: the terminal is as it was before the program."""
+        equal(self.modes_after[:4], self.modes[:4], "terminal modes afterwards")
+
+    def ended(self):
+        self.close_slave()
+
+    def close_slave(self):
+        """With the last slave side closed, the pump reads what is left and then sees the end."""
+        if self.slave is not None:
+            self.modes_after = termios.tcgetattr(self.slave)
+            os.close(self.slave)
+            self.slave = None
+
+    def destroy(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        LIVE.discard(self.process)
+        self.close_slave()
+        os.close(self.master)
+
+    def details(self):
+        status = self.process.poll()
+        yield f"{self.title}: {' '.join(self.argv)} ({'running' if status is None else f'status {status}'})"
+        with self.out.changed:
+            rows = self.screen.history()
+            cursor = f"column {self.screen.x} of row {len(self.screen.gone) + self.screen.y}"
+        for n, row in list(enumerate(rows))[-60 if SANITIZER.search(self.out.text) else -24:]:
+            yield f"  tty {n:3}| {row}"
+        yield f"  cursor in {cursor}, both from 0, of {self.screen.cols} columns"
+        yield f"  raw: {bytes(self.out.data[-200:])!r}"
+
+
+# ---- the network -----------------------------------------------------------------------------------------------------
+
+
+def can_bind(host, port=0):
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind((host, port))
+        return True
+    except OSError:
+        return False
+
+
+def need_ipv6():
+    if not can_bind("::1"):
+        raise Skip("no IPv6 here")
+
+
+def need_second_loopback():
+    if not can_bind("127.0.0.2"):
+        raise Skip("127.0.0.2 is no address of this system")
+
+
+USED_PORTS = set()
+
+
+def free_port():
+    """A UDP port that is free on every address, below the range that source ports usually come from."""
+    while True:
+        port = random.SystemRandom().randrange(10240, 32000)
+        if port not in USED_PORTS and can_bind("0.0.0.0", port) and (not can_bind("::") or can_bind("::", port)):
+            USED_PORTS.add(port)
+            return port
+
+
+def split_addr(addr):
+    host, _, port = addr.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+Datagram = collections.namedtuple("Datagram", "to_server data when")
+
+HANDSHAKE_TYPES = (20, 22)  # ChangeCipherSpec, handshake
+IP_UDP_BYTES = 28
+
+
+class Relay(threading.Thread):
+    """A UDP relay in front of a server on IPv4, that can lose, block, size up, record and forge.
+
+    Each client gets a socket of its own towards the server; with one_port all share one, as behind a NAT or as a
+    client that comes back on its old port: answers go to whoever spoke last. Errors of the network (ICMP) end here.
+    """
+
+    def __init__(self, case, server, one_port=False, seed=1):
+        super().__init__(daemon=True)
+        self.server = split_addr(server.addr if isinstance(server, Server) else server)
+        self.one_port = one_port
+        self.random = random.Random(seed)
+        self.lock = threading.Lock()
+        self.front = self.make_socket()
+        self.addr = "127.0.0.1:%d" % self.front.getsockname()[1]
+        self.up = {}  # client's address: socket towards the server
+        self.clients = {}  # socket towards the server: client's address
+        self.log = []  # every Datagram that came, lost or not
+        self.lost = 0
+        # What may be changed at any time:
+        self.blocked = False
+        self.loss = 0.0
+        self.limit = 65535  # payload bytes; larger datagrams vanish
+        self.to_server_first = []  # forged datagrams that go ahead of each real one
+        self.to_client_first = []
+        self.waker, self.wakee = socket.socketpair()
+        case.relays.append(self)
+        self.start()
+
+    @staticmethod
+    def make_socket():
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, 1 << 20)
+        sock.bind(("127.0.0.1", 0))
+        sock.setblocking(False)
+        return sock
+
+    def run(self):
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.front, selectors.EVENT_READ)
+            selector.register(self.wakee, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select():
+                    if key.fileobj is self.wakee:
+                        return
+                    try:
+                        data, source = key.fileobj.recvfrom(65535)
+                    except OSError:
+                        continue
+                    if key.fileobj is self.front:
+                        up = self.upstream(source, selector)
+                        self.pass_on(Datagram(True, data, time.monotonic()), up, self.server, self.to_server_first)
+                    elif source == self.server:
+                        client = self.clients[key.fileobj]
+                        self.pass_on(Datagram(False, data, time.monotonic()), self.front, client, self.to_client_first)
+
+    def upstream(self, client, selector):
+        with self.lock:
+            up = self.up.get("all" if self.one_port else client)
+            if up is None:
+                up = self.make_socket()
+                selector.register(up, selectors.EVENT_READ)
+                self.up["all" if self.one_port else client] = up
+            self.clients[up] = client
+            return up
+
+    def pass_on(self, datagram, sock, to, forged):
+        with self.lock:
+            self.log.append(datagram)
+            if self.blocked or len(datagram.data) > self.limit or self.random.random() < self.loss:
+                self.lost += 1
+                return
+            for data in [*forged, datagram.data]:
+                self.send(sock, data, to)
+
+    @staticmethod
+    def send(sock, data, to):
+        try:
+            sock.sendto(data, to)
+        except OSError:
+            pass
+
+    def forge(self, to_server, data):
+        """Sends a datagram as if the other side had; there must be one client."""
+        with self.lock:
+            (up, client), = self.clients.items()
+            if to_server:
+                self.send(up, data, self.server)
+            else:
+                self.send(self.front, data, client)
+
+    def handshake(self, to_server=None):
+        with self.lock:
+            return [datagram for datagram in self.log if datagram.data[:1] and datagram.data[0] in HANDSHAKE_TYPES
+                    and to_server in (None, datagram.to_server)]
+
+    def close(self):
+        self.waker.send(b".")
+        self.join()
+        for sock in (self.front, self.waker, self.wakee, *self.clients):
+            sock.close()
+
+    def details(self):
+        there = sum(datagram.to_server for datagram in self.log)
+        yield f"relay {self.addr}: {there} datagrams there, {len(self.log) - there} back, {self.lost} lost"
+        for datagram in self.log[-12:]:
+            way = "->" if datagram.to_server else "<-"
+            yield f"  {datagram.when - self.log[0].when:8.3f} s {way} {len(datagram.data):5} bytes {datagram.data[:28].hex()}"
+
+
+def record(kind, epoch, sequence, payload, version=0xFEFD):
+    return struct.pack("!BHH", kind, version, epoch) + sequence.to_bytes(6, "big") + struct.pack("!H", len(payload)) + payload
+
+
+ALERT, HANDSHAKE, DATA = 21, 22, 23
+
+FORGED_DONE = record(HANDSHAKE, 0, 5, b"\x0e" + bytes(11))  # a ServerHelloDone
+
+# What anybody can send from a forged address, without knowing any key.
+FORGED = [
+    b"",
+    b"\x16",
+    b"GET / HTTP/1.0\r\n\r\n",
+    record(ALERT, 0, 5, b"\x02\x28"),  # fatal, handshake_failure
+    record(ALERT, 0, 6, b"\x01\x00"),  # close_notify
+    *[record(ALERT, 0, 7 + n, b"\x01\x5a") for n in range(6)],  # more warnings than libssl takes
+    record(DATA, 0, 20, b"ping"),
+    record(DATA, 1, 0xFFFF, b"short"),  # no room for nonce and tag
+    record(ALERT, 1, 0xFFFFF, b"\x02\x28"),
+    record(DATA, 1, 0xFFFFFF, bytes(40)),
+    record(DATA, 2, 1, bytes(40)),
+    record(DATA, 1, 9, bytes(40))[:-5],  # cut short
+    FORGED_DONE,
+    record(HANDSHAKE, 0, 1 << 40, bytes(12)),  # far ahead in sequence: a HelloRequest
+    record(HANDSHAKE, 0, 21, b"\x0b\xff\xff\xff\x00\x02\x00\x00\x00\xff\xff\xff"),  # longer than its record
+    record(20, 0, 8, b"\x01"),
+    record(99, 1, 10, bytes(40)),
+    record(DATA, 1, 11, bytes(40), version=0x0303),
+]
+
+
+# ---- certificates ----------------------------------------------------------------------------------------------------
+
+
+def openssl(*argv, **options):
+    done = subprocess.run([OPENSSL, *map(str, argv)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=30, **options)
+    if done.returncode:
+        raise Failure(f"openssl {argv[0]}: {done.stderr.decode(errors='replace').strip()[-300:]}")
+    return done.stdout.decode(errors="replace")
+
+
+class Identity(collections.namedtuple("Identity", "pem key")):
+    @property
+    def options(self):
+        return ["--cert", self.pem, "--key", self.key]
+
+    @property
+    def openssl_options(self):
+        return ["-cert", self.pem, "-key", self.key]
+
+
+class Authority:
+    """A CA for the odd certificates: expired ones, other names, other keys, other CAs."""
+
+    EVERYWHERE = "DNS:localhost,IP:127.0.0.1,IP:::1"
+    EC = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+
+    def __init__(self, folder, pem=None, key=None, cn="another CA", newkey=None):
+        os.mkdir(folder)
+        self.folder, self.newkey = pathlib.Path(folder), newkey or self.EC
+        (self.folder / "index.txt").touch()
+        (self.folder / "req.cnf").write_text("[req]\ndistinguished_name=dn\n[dn]\n[ca]\nbasicConstraints=critical,CA:TRUE\n"
+                                             "keyUsage=critical,keyCertSign,cRLSign\nsubjectKeyIdentifier=hash\n")
+        if pem is None:
+            pem, key = self.folder / "ca.pem", self.folder / "ca.key"
+            openssl("req", "-x509", *self.newkey, "-nodes", "-keyout", key, "-out", pem, "-days", "9", "-subj", f"/CN={cn}",
+                    "-config", self.folder / "req.cnf", "-extensions", "ca")
+        self.pem, self.key = pem, key
+
+    def issue(self, name, cn=None, usage="clientAuth", names=EVERYWHERE, start=None, end=None, key=None, ca=False):
+        """A certificate and its key; start and end as YYYYMMDDHHMMSSZ; key: take that instead of making a new one."""
+        base = self.folder / name
+        extensions = ("basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\n" if ca else
+                      f"basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\n"
+                      f"extendedKeyUsage={usage}\nsubjectAltName={names}\n")
+        base.with_suffix(".cnf").write_text(
+            f"[ca]\ndefault_ca=a\n[a]\ndatabase={self.folder}/index.txt\nnew_certs_dir={self.folder}\n"
+            f"serial={base}.serial\ndefault_md=sha256\ndefault_days=9\npolicy=p\nunique_subject=no\nx509_extensions=e\n"
+            f"[p]\ncommonName=supplied\n[e]\nsubjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n{extensions}")
+        base.with_suffix(".serial").write_text("%032x\n" % (random.getrandbits(120) | 1 << 120))
+        made = base.with_suffix(".key")
+        keys = ["-key", key] if key else [*self.newkey, "-nodes", "-keyout", made]
+        openssl("req", "-new", *keys, "-utf8", "-out", f"{base}.csr", "-subj", f"/CN={cn or name}",
+                "-config", self.folder / "req.cnf")
+        dates = (["-startdate", start] if start else []) + (["-enddate", end] if end else [])
+        openssl("ca", "-batch", "-notext", "-utf8", "-config", base.with_suffix(".cnf"), "-cert", self.pem,
+                "-keyfile", self.key, "-in", f"{base}.csr", "-out", base.with_suffix(".pem"), *dates)
+        return Identity(str(base.with_suffix(".pem")), str(key or made))
+
+    def expired(self, name, **more):
+        return self.issue(name, start="20200101000000Z", end="20210101000000Z", **more)
+
+
+def certs_sh(folder, *words, wanted=0):
+    """certs/certs.sh, as the Makefile calls it."""
+    done = subprocess.run(["sh", "certs/certs.sh", *words], cwd=ROOT, env={**os.environ, "CERTS_DIR": str(folder)},
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+    if wanted is not None and done.returncode != wanted:
+        raise Failure(f"certs.sh {' '.join(words)}: status {done.returncode}: {done.stdout.decode()[-300:]}")
+    return done.returncode
+
+
+# ---- the frame of a test ---------------------------------------------------------------------------------------------
+
+
+class Case:
+    """What one test owns. Everything made here is stopped, checked and removed when it ends."""
+
+    def __init__(self, name):
+        self.name = name
+        self.tmp = tempfile.mkdtemp(prefix="dtls-e2e-")
+        FOLDERS.add(self.tmp)
+        self.procs, self.relays, self.titles = [], [], collections.Counter()
+
+    def title(self, base):
+        self.titles[base] += 1
+        return base if self.titles[base] == 1 else f"{base} {self.titles[base]}"
+
+    def path(self, name):
+        return os.path.join(self.tmp, name)
+
+    def dtls(self, *argv, stdin=subprocess.DEVNULL):
+        return Proc(self, self.title("dtls"), [BIN, *argv], stdin=stdin)
+
+    def server(self, *options, at=("127.0.0.1",), port=None, listening=None, certs=None):
+        """Listens on each host in `at`, all with one port, and is ready on return."""
+        for attempt in range(5):
+            addrs = [f"{host}:{port or free_port()}" for host in at[:1]]
+            addrs += [f"{host}:{split_addr(addrs[0])[1]}" for host in at[1:]]
+            server = Server(self, options, addrs, certs or CERTS)
+            try:
+                server.err.wait("^listening on ", listening or len(at))
+                return server
+            except Failure:
+                if port or attempt == 4 or "in use" not in server.err.text.lower():
+                    raise
+                self.procs.remove(server)
+                server.destroy()
+
+    def client(self, where, *options, stdin=subprocess.PIPE, certs=None):
+        return Client(self, getattr(where, "addr", where), options, stdin, certs or CERTS)
+
+    def ping(self, where, *options, certs=None):
+        """A whole client: connects, asks, gets its answer, ends."""
+        client = self.client(where, *options, stdin=b"ping\n", certs=certs).exits(0)
+        equal(client.out.text, "pong\n", "stdout of a client that sent ping")
+        return client
+
+    def term(self, where, *options, under=(), **more):
+        """The client on a terminal, connected and with its prompt; under: a command that runs it."""
+        term = Term(self, [*under, BIN, "client", "--certs", CERTS, *options, getattr(where, "addr", where)], **more)
+        term.shows_like(r"connected: ")
+        if more.get("term") != "dumb":
+            term.shows_like(r"^hello, ")
+            term.prompts()
+        return term
+
+    def relay(self, server, **more):
+        return Relay(self, server, **more)
+
+    def authority(self):
+        """The CA that everybody here trusts, for one more certificate."""
+        return Authority(self.path("authority"), os.path.join(CERTS, "ca.pem"), os.path.join(CERTS, "ca.key"))
+
+    def other_authority(self, **more):
+        return Authority(self.path("other"), **more)
+
+    def s_client(self, server, *options, identity=None, stdin=subprocess.PIPE):
+        return Foreign(self, "s_client", "-connect", getattr(server, "addr", server), "-CAfile", f"{CERTS}/ca.pem",
+                       *(identity.openssl_options if identity else ()), *options, stdin=stdin)
+
+    def s_server(self, *options, identity):
+        """Waits for one client after the other. There is no sign of it being ready but the port in use."""
+        port = free_port()
+        server = Foreign(self, "s_server", "-listen", "-accept", f"127.0.0.1:{port}", "-CAfile", f"{CERTS}/ca.pem",
+                         "-Verify", "1", "-verify_return_error", *identity.openssl_options, *options)
+        server.addr = f"127.0.0.1:{port}"
+        wait_until(lambda: not can_bind("127.0.0.1", port), "s_server on its port")
+        return server
+
+    def finish(self):
+        for proc in reversed(self.procs):
+            proc.finish()
+
+    def destroy(self):
+        for proc in self.procs:
+            proc.destroy()
+        for relay in self.relays:
+            relay.close()
+        shutil.rmtree(self.tmp, ignore_errors=True)
+        FOLDERS.discard(self.tmp)
+
+    def details(self):
+        for part in [*self.procs[-8:], *self.relays]:
+            yield from part.details()
+
+
+def wait_until(look, what, timeout=WAIT):
+    """For what sends no event."""
+    deadline = time.monotonic() + timeout
+    while not look():
+        if time.monotonic() > deadline:
+            raise Failure(f"no {what} within {timeout:g} s")
+        time.sleep(0.02)
+
+
+def client_identity():
+    return Identity(f"{CERTS}/client.pem", f"{CERTS}/client.key")
+
+
+def server_identity():
+    return Identity(f"{CERTS}/server.pem", f"{CERTS}/server.key")
+
+
+Test = collections.namedtuple("Test", "name function alone slow")
+TESTS = []
+
+
+def test(function=None, *, alone=False, slow=False):
+    """Registers a test. alone: nothing else runs meanwhile; slow: mostly waits, so it starts early."""
+    if function is None:
+        return lambda function: test(function, alone=alone, slow=slow)
+    TESTS.append(Test(function.__name__.replace("_", " "), function, alone, slow))
+    return function
+
+
+def run_test(one):
+    """Returns the lines to print and whether it failed."""
+    began = time.monotonic()
+    case = Case(one.name)
+    details = []
+    try:
+        one.function(case)
+        case.finish()
+        verdict, failed = f"ok - e2e {one.name}", False
+    except Skip as reason:
+        verdict, failed = f"skip - e2e {one.name}: {reason}", False
+    except Exception as error:  # whatever it was, the other tests go on
+        verdict, failed = f"not ok - e2e {one.name}: {(str(error) or repr(error)).splitlines()[0]}", True
+        where = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__]
+        details.append("at " + ", ".join(f"{frame.name}:{frame.lineno}" for frame in where[1:]))
+        if not isinstance(error, Failure):
+            details += traceback.format_exc().splitlines()
+        details += case.details()
+    finally:
+        case.destroy()
+    if "-t" in sys.argv:
+        verdict += f" # {time.monotonic() - began:.1f} s"
+    return [verdict, *("    " + line for line in details)], failed
+
+
+def clean_up():
+    for process in list(LIVE):
+        try:
+            process.kill()
+        except OSError:
+            pass
+    for folder in list(FOLDERS):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def interrupted(number, frame):
+    clean_up()
+    os._exit(128 + number)
+
+
+def main():
+    global CERTS
+    filters = [word for word in sys.argv[1:] if not word.startswith("-")]
+    chosen = [one for one in TESTS if not filters or any(word in one.name for word in filters)]
+    if "-l" in sys.argv:
+        print("\n".join(one.name for one in chosen))
+        return 0
+    if not os.access(BIN, os.X_OK):
+        sys.exit(f"e2e.py: no program at {BIN}: build it, or set DTLS_BIN")
+    if not OPENSSL:
+        sys.exit("e2e.py: no openssl command found")
+    atexit.register(clean_up)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupted)
+    if CERTS is None:
+        CERTS = tempfile.mkdtemp(prefix="dtls-e2e-certs-")
+        FOLDERS.add(CERTS)
+        certs_sh(CERTS, "all")
+    failures = 0
+    together = sorted((one for one in chosen if not one.alone), key=lambda one: not one.slow)
+    with ThreadPoolExecutor(JOBS) as pool:
+        for future in as_completed([pool.submit(run_test, one) for one in together]):
+            failures += report(*future.result())
+    for one in chosen:
+        if one.alone:
+            failures += report(*run_test(one))
+    return 1 if failures else 0
+
+
+def report(lines, failed):
+    print("\n".join(lines), flush=True)
+    return failed
+
+
+# ---- tests: the command line -----------------------------------------------------------------------------------------
+
+
+def says_one_line(run, status):
+    """Ends with this status, one line on stderr that starts with our name, nothing on stdout; returns the line."""
+    run.exits(status)
+    what = " ".join(run.argv[1:])
+    equal(run.out.text, "", f"stdout of {what}")
+    lines = run.err.lines()
+    check(len(lines) == 1 and lines[0].startswith("dtls: "), f"stderr of {what}: not one line `dtls: ...`: {lines}")
+    return lines[0]
+
+
+@test
+def help_and_version(t):
+    for option in ("--help", "--version"):
+        run = t.dtls(option).exits(0)
+        equal(run.err.text, "", f"stderr of {option}")
+        check(run.out.lines(), f"{option} says nothing")
+    wanted = ("server", "client", "--certs", "--cert", "--key", "--ca", "--name", "--mtu", "--idle-timeout", "--keepalive",
+              "--max-clients", "-v", "-q", "--help", "--version")
+    text = t.procs[0].out.text
+    check(all(word in text for word in wanted), f"--help does not name {[word for word in wanted if word not in text]}")
+    check(re.search(r"\d+\.\d+\.\d+", run.out.text), f"--version without a version: {run.out.text!r}")
+
+
+@test
+def usage_errors(t):
+    here = "127.0.0.1:1234"
+    wrong = [[], ["frobnicate"], ["frobnicate", here], ["server"], ["client"], ["client", here, here], ["--frobnicate"]]
+    for mode in ("server", "client"):
+        wrong += [[mode, addr] for addr in ("127.0.0.1", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:70000", "127.0.0.1:12x",
+                                            ":1234", "::1:1234", "[::1]", "[::1]:", "[::1]:0", "[::1:1234", "")]
+        wrong += [[mode, "--frobnicate", here], [mode, "-x", here], [mode, "--certs"], [mode, here, "--mtu"]]
+        wrong += [[mode, f"--mtu={value}", here] for value in ("", "x", "1500x", "-1", "0", "255", "65536", "1e9")]
+    wrong += [["server", "--idle-timeout", value, here] for value in ("x", "-1", "nan", "5s", "")]
+    wrong += [["server", "--max-clients", value, here] for value in ("x", "-1", "2.5", "")]
+    wrong += [["client", "--keepalive", value, here] for value in ("x", "-1", "inf", "1,5", "")]
+    for run in [t.dtls(*words) for words in wrong]:
+        says_one_line(run, 2)
+
+
+@test
+def unreadable_keys_and_certificates(t):
+    authority = t.authority()
+    client, server = authority.issue("someone"), server_identity()
+    garbage, encrypted, nowhere = t.path("garbage.pem"), t.path("encrypted.key"), t.path("nowhere.pem")
+    pathlib.Path(garbage).write_text("-----BEGIN CERTIFICATE-----\nnonsense\n-----END CERTIFICATE-----\n")
+    openssl("pkey", "-in", client.key, "-aes256", "-passout", "pass:secret", "-out", encrypted)
+    cases = [
+        (["--key", nowhere], r"nowhere\.pem"),
+        (["--cert", nowhere], r"nowhere\.pem"),
+        (["--ca", nowhere], r"nowhere\.pem"),
+        (["--key", garbage], r"garbage\.pem"),
+        (["--cert", garbage], r"garbage\.pem"),
+        (["--ca", garbage], r"garbage\.pem"),
+        (["--cert", client.pem, "--key", encrypted], "encrypted"),
+        (["--cert", client.pem, "--key", server.key], "not the key"),
+        (authority.expired("old").options, "expired"),
+        (authority.issue("early", start="20400101000000Z", end="20410101000000Z").options, "not (yet )?valid"),
+    ]
+    runs = [(t.dtls(mode, "--certs", CERTS, *options, f"127.0.0.1:{free_port()}"), words)
+            for mode in ("server", "client") for options, words in cases]
+    for run, words in runs:
+        line = says_one_line(run, 1)
+        check(re.search(words, line), f"{' '.join(run.argv[1:])} says {line!r}, nothing about {words!r}")
+
+
+@test
+def missing_certificates_name_the_make_target(t):
+    empty = t.path("empty")
+    os.mkdir(empty)
+    for mode in ("server", "client"):
+        for options in (["--certs", empty], ["--certs", t.path("nowhere")], []):  # the last: no certs/ in this folder
+            line = says_one_line(t.dtls(mode, *options, f"127.0.0.1:{free_port()}"), 1)
+            check("make certs" in line, f"{mode} {options} does not say what to do: {line}")
+
+
+@test
+def address_in_use(t):
+    server = t.server()
+    line = says_one_line(t.dtls("server", "--certs", CERTS, server.addr), 1)
+    check(server.addr in line and "in use" in line.lower(), f"says {line!r}")
+    t.ping(server)
+
+
+@test
+def address_not_of_this_machine(t):
+    line = says_one_line(t.dtls("server", "--certs", CERTS, "192.0.2.1:1234"), 1)
+    check("192.0.2.1:1234" in line, f"says {line!r}")
+
+
+@test
+def options_with_equals_sign(t):
+    server = t.server("--idle-timeout=60", "--max-clients=7", "--mtu=1400")
+    t.ping(server, "--keepalive=2.5", "--mtu=1400", f"--ca={CERTS}/ca.pem", "--name=localhost")
+
+
+@test
+def quiet_and_verbose(t):
+    port = free_port()
+    quiet = Server(t, ["-q"], [f"127.0.0.1:{port}"], CERTS)
+    wait_until(lambda: not can_bind("127.0.0.1", port), "quiet server on its port")
+    client = t.ping(quiet, "-q")
+    equal(client.err.text, "", "stderr of client -q")
+    quiet.stop()
+    equal(quiet.err.text, "", "stderr of server -q")
+    loud = t.server("-v")
+    t.ping(loud, "-v")
+    loud.connected()
+
+
+# ---- tests: commands and plain input ---------------------------------------------------------------------------------
+
+
+def all_commands(t, host):
+    server = t.server(at=[host])
+    client = t.client(server)
+    shown = client.connected()
+    equal(shown["addr"], server.addr, "address in the client's log")
+    check(re.match("ECDHE-.*(GCM|CHACHA20)", shown["cipher"]), f"cipher {shown['cipher']}")
+    seen = server.connected()
+    check(re.match(re.escape(host) + r":\d+$", seen["addr"]), f"address in the server's log: {seen['addr']}")
+    equal(seen["name"], "client", "certificate name in the server's log")
+    equal((seen["kind"], shown["kind"]), ("full handshake",) * 2, "kind of handshake")
+    asked = [("ping", "pong"), ("echo hello there", "hello there"), ("echo  two  spaces ", " two  spaces "),
+             ("echo Grüße, 漢字", "Grüße, 漢字"), ("whoami", seen["addr"]), ("bc to all of us", "to all of us"),
+             ("nonsense", COMMANDS), ("echo", COMMANDS), ("bc", COMMANDS), ("pingpong", COMMANDS), ("PING", COMMANDS)]
+    for line, answer in asked:
+        client.ask(line, answer)
+    client.send("stats")
+    client.out.wait("^users: 1$")
+    client.out.wait(f"^{re.escape(seen['addr'])}\\b.*\\bclient\\b")
+    client.ends()
+    server.err.wait_line(f"{seen['addr']} closed: closed by the peer")
+    lines = client.out.lines()
+    equal(lines[:len(asked) + 1], [answer for _, answer in asked] + ["users: 1"], "the client's stdout")
+    equal(len(lines), len(asked) + 2, "lines on the client's stdout")
+    equal(len(server.err.lines()), 3, "lines in the server's log (listening, connected, closed)")
+
+
+@test
+def commands_over_ipv4(t):
+    all_commands(t, "127.0.0.1")
+
+
+@test
+def commands_over_ipv6(t):
+    need_ipv6()
+    all_commands(t, "[::1]")
+
+
+@test
+def input_from_a_pipe_and_from_files(t):
+    server = t.server()
+    script = t.path("script")
+    pathlib.Path(script).write_text("ping\necho last line\n")
+    for stdin, wanted in ((b"ping\n", "pong\n"), (b"ping", "pong\n"), (b"", ""), (subprocess.DEVNULL, ""),
+                          (script, "pong\nlast line\n"), (b"ping\n\necho after an empty line\n",
+                                                          "pong\nafter an empty line\n")):
+        client = t.client(server, stdin=stdin).exits(0)
+        equal(client.out.text, wanted, f"stdout of a client with stdin {stdin!r}")
+
+
+@test(alone=True)
+def five_thousand_lines_from_a_file(t):
+    server = t.server()
+    script = t.path("script")
+    pathlib.Path(script).write_text("".join(f"echo {n}\n" for n in range(2500)) + "ping\n" * 2500)
+    client = t.client(server, stdin=script).exits(0, timeout=30)
+    lines = client.out.lines()
+    equal(len(lines), 5000, "answers")
+    equal(lines, [str(n) for n in range(2500)] + ["pong"] * 2500, "answers")
+
+
+@test
+def message_of_16384_bytes(t):
+    server = t.server()
+    client = t.client(server)
+    text = "".join(random.Random(16384).choices("abcdefghijklmnopqrstuvwxyz 0123456789", k=MESSAGE_MAX - 5))
+    client.ask("echo " + text, text)
+    text = text[:MESSAGE_MAX - 5 - 2]
+    client.ask("bc ab" + text, "ab" + text)
+    client.ends()
+
+
+@test
+def line_above_16384_bytes_is_refused(t):
+    server = t.server()
+    client = t.client(server, stdin=b"ping\n" + b"x" * (MESSAGE_MAX + 1) + b"\nping\n").exits(1)
+    equal(client.out.text, "pong\npong\n", "stdout")
+    client.err.wait_line("dtls: line 2 is 16385 bytes, more than 16384: not sent")
+    client = t.client(server, stdin=b"y" * 300_000 + b"\nping\n").exits(1)
+    equal(client.out.text, "pong\n", "stdout")
+    client.err.wait_line("dtls: line 1 is 300000 bytes, more than 16384: not sent")
+
+
+@test
+def several_clients_and_bc(t):
+    server = t.server()
+    clients = [t.client(server) for _ in range(3)]
+    for client in clients:
+        client.connected()
+    clients[1].send("bc to everybody")
+    for client in clients:
+        client.out.wait_line("to everybody")
+        client.ask("ping", "pong")
+        client.ends()
+        equal(client.out.lines(), ["to everybody", "pong"], "stdout")
+
+
+@test(alone=True)
+def hundred_clients_at_once(t):
+    server = t.server()
+    clients = [t.client(server) for _ in range(100)]
+    for client in clients:
+        client.connected(timeout=40)
+    server.connected(nth=100)
+    clients[50].send("stats")
+    clients[50].out.wait("^users: 100$")
+    clients[50].out.wait(r"^127\.0\.0\.1:\d+\b.*$", nth=100)
+    listed = clients[50].out.lines()[1:]
+    equal(len(listed), 100, "clients in stats")
+    equal({line.split()[0].rstrip(",:") for line in listed}, set(re.findall(r"^(\S+) connected", server.err.text, re.M)),
+          "addresses in stats")
+    clients[0].send("bc hello everybody")
+    for client in clients:
+        client.out.wait_line("hello everybody")
+    for client in clients:  # an answer to this comes behind any second copy
+        client.send("ping")
+    for client in clients:
+        client.out.wait_line("pong")
+        equal(client.out.lines()[-2:], ["hello everybody", "pong"], f"last lines of {client.title}")
+        equal(client.out.count("^hello everybody$"), 1, f"copies at {client.title}")
+    for client in clients:
+        client.close_stdin()
+    for client in clients:
+        client.exits(0, timeout=30)
+    server.err.wait("closed: closed by the peer$", nth=100)
+
+
+@test
+def stats_over_several_messages(t):
+    server = t.server("--mtu", "256")
+    for client in [t.client(server) for _ in range(8)]:
+        client.connected()
+    relay = t.relay(server)
+    client = t.client(relay)
+    client.connected()
+    before = len(relay.log)
+    client.send("stats")
+    client.out.wait("^users: 9$")
+    client.out.wait(r"^127\.0\.0\.1:\d+\b", nth=9)
+    equal(len(client.out.lines()), 10, "lines of stats")
+    pages = [len(datagram.data) for datagram in relay.log[before:] if not datagram.to_server]
+    check(len(pages) > 1, f"one page: {pages}")
+    check(max(pages) <= 256 - IP_UDP_BYTES, f"pages larger than the MTU: {pages}")
+
+
+# ---- tests: addresses ------------------------------------------------------------------------------------------------
+
+
+def whoami(t, server, addr, *options):
+    """Asks through addr and compares with what the server saw."""
+    before = server.err.count("connected: ")
+    client = t.client(addr, *options, stdin=b"whoami\n").exits(0)
+    equal(client.out.lines(), [server.connected(nth=before + 1)["addr"]], f"whoami through {addr}")
+
+
+@test
+def wildcard_answers_from_the_address_asked(t):
+    need_second_loopback()
+    server = t.server(at=["0.0.0.0"])
+    port = split_addr(server.addr)[1]
+    for host in ("127.0.0.1", "127.0.0.2"):
+        whoami(t, server, f"{host}:{port}", "--name", "localhost")
+    named = t.authority().issue("second", usage="serverAuth", names="IP:127.0.0.2")
+    server = t.server(*named.options, at=["0.0.0.0"])
+    whoami(t, server, f"127.0.0.2:{split_addr(server.addr)[1]}")
+
+
+@test
+def ipv6_wildcard_serves_both_families(t):
+    need_ipv6()
+    server = t.server(at=["[::]"])
+    port = split_addr(server.addr)[1]
+    for host in ("127.0.0.1", "[::1]"):
+        whoami(t, server, f"{host}:{port}")
+    check(re.search(r"^127\.0\.0\.1:\d+ connected", server.err.text, re.M), "IPv4 client not logged as IPv4")
+
+
+@test
+def several_addresses(t):
+    need_ipv6()
+    ports = free_port(), free_port()
+    server = Server(t, [], [f"127.0.0.1:{ports[0]}", f"[::1]:{ports[0]}", f"127.0.0.1:{ports[1]}"], CERTS)
+    for addr in server.addrs:
+        server.err.wait_line(f"listening on {addr}")
+    for addr in server.addrs:
+        whoami(t, server, addr)
+
+
+@test
+def covered_address_is_reported_and_skipped(t):
+    for wildcard, covered in (("0.0.0.0", ["127.0.0.1"]), ("[::]", ["[::1]", "127.0.0.1", "0.0.0.0"])):
+        if wildcard == "[::]":
+            need_ipv6()
+        server = t.server(at=[wildcard, *covered], listening=1)
+        for host in covered:
+            addr = f"{host}:{split_addr(server.addr)[1]}"
+            server.err.wait(f"{re.escape(addr)}.*(cover|skip)")
+        t.ping(f"127.0.0.1:{split_addr(server.addr)[1]}")
+
+
+@test
+def link_local_address_with_a_scope(t):
+    addr = None
+    try:
+        for line in pathlib.Path("/proc/net/if_inet6").read_text().splitlines():
+            digits, _, _, _, flags, name = line.split()
+            if digits.startswith("fe80") and not int(flags, 16) & 0x40:  # not tentative
+                addr = f"[{socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))}%{name}]"
+    except OSError:
+        pass
+    if not addr:
+        raise Skip("no link-local IPv6 address found")
+    server = t.server(at=[addr])
+    whoami(t, server, server.addr, "--name", "localhost")
+
+
+def host_name(t, host):
+    found = {entry[4][0] for entry in socket.getaddrinfo("localhost", 1, type=socket.SOCK_DGRAM)}
+    if host.strip("[]") not in found:
+        raise Skip(f"localhost has no address {host} here")
+    server = t.server(at=[host])
+    t.ping(f"localhost:{split_addr(server.addr)[1]}")
+
+
+@test
+def host_name_with_an_ipv4_address(t):
+    host_name(t, "127.0.0.1")
+
+
+@test
+def host_name_with_an_ipv6_address(t):
+    need_ipv6()
+    host_name(t, "[::1]")
+
+
+@test
+def unknown_host_name(t):
+    line = says_one_line(t.dtls("client", "--certs", CERTS, "no-such-host.invalid:1234"), 1)
+    check("no-such-host.invalid" in line, f"says {line!r}")
+
+
+@test
+def nobody_there(t):
+    for host in ("127.0.0.1", "localhost"):
+        addr = f"{host}:{free_port()}"
+        client = t.client(addr, stdin=b"ping\n").exits(1, timeout=3 + PROMPT)
+        equal(client.out.text, "", "stdout of a client that found nobody")
+        client.err.wait("handshake failed: .*refused")
+
+
+# ---- tests: ends -----------------------------------------------------------------------------------------------------
+
+
+def server_stops(t, number):
+    server = t.server()
+    clients = [t.client(server) for _ in range(3)]
+    for client in clients:
+        client.connected()
+    server.stop(number)
+    for client in clients:
+        client.err.wait_line(f"{server.addr} closed: closed by the peer", timeout=PROMPT)
+        client.exits(1, timeout=PROMPT)
+        equal(client.out.text, "", "stdout")
+    equal(server.err.count("closed: closed here$"), 3, "clients logged as closed here")
+
+
+@test(alone=True)
+def server_stops_on_sigterm(t):
+    server_stops(t, signal.SIGTERM)
+
+
+@test(alone=True)
+def server_stops_on_sigint(t):
+    server_stops(t, signal.SIGINT)
+
+
+@test(alone=True)
+def client_stops_on_signals(t):
+    server = t.server()
+    for nth, number in enumerate((signal.SIGINT, signal.SIGTERM), 1):
+        client = t.client(server)
+        client.connected()
+        client.stop(number)
+        server.err.wait("closed: closed by the peer$", nth, timeout=PROMPT)
+    relay = t.relay(server)
+    relay.blocked = True
+    client = t.client(relay)
+    wait_until(lambda: relay.log, "ClientHello")
+    client.stop()
+    server.stop()
+
+
+@test
+def killed_client_leaves_stats(t):
+    server = t.server("--idle-timeout", "2")
+    watcher = t.client(server)
+    watcher.connected()
+    victim = t.client(server)
+    victim.connected()
+    addr = server.connected(nth=2)["addr"]
+    watcher.ask("stats", "users: 2")
+    victim.kill()
+    killed = time.monotonic()
+    while server.err.count("closed: ") == 0 and time.monotonic() < killed + 5:  # its asking keeps the watcher alive
+        watcher.ask("ping", "pong")
+        time.sleep(0.1)
+    server.err.wait_line(f"{addr} closed: idle for 2.0 s", timeout=0.1)
+    check(1 < time.monotonic() - killed < 4, f"left after {time.monotonic() - killed:.1f} s")
+    watcher.ask("stats", "users: 1")
+
+
+@test
+def idle_timeout_and_keepalive_off(t):
+    server = t.server("--idle-timeout", "1")
+    client = t.client(server, "--keepalive", "0")
+    client.connected()
+    endless = t.server("--idle-timeout", "0")
+    idler = t.client(endless, "--keepalive", "0")
+    idler.connected()
+    server.err.wait("closed: idle for 1.0 s$")
+    client.exits(1, timeout=PROMPT)
+    idler.ask("ping", "pong")
+
+
+@test(slow=True)
+def keepalive_keeps_alive_and_shows_nothing(t):
+    server = t.server("--idle-timeout", "1")
+    client = t.client(server, "--keepalive", "0.3")
+    addr = server.connected()["addr"]
+    time.sleep(2.5)  # nothing may happen meanwhile
+    check(client.running(), "the client left")
+    equal(client.out.text, "", "stdout of a client that only kept alive")
+    other = t.client(server, stdin=b"stats\n").exits(0)
+    check(re.search(f"^{re.escape(addr)}\\b", other.out.text, re.M), f"{addr} is not in stats")
+    client.ask("ping", "pong")  # an answer that was asked for is shown
+    client.ends()
+    equal(client.out.text, "pong\n", "stdout")
+
+
+@test
+def vanished_server_is_noticed(t):
+    def frozen(server):
+        server.send_signal(signal.SIGSTOP)
+
+    def killed(server):
+        server.kill()
+
+    for vanish in (frozen, killed):
+        server = t.server()
+        relay = t.relay(server)  # so that no ICMP tells
+        client = t.client(relay, "--keepalive", "0.4")
+        client.connected()
+        vanish(server)
+        began = time.monotonic()
+        client.exits(1, timeout=4 * 0.4 + PROMPT)
+        check(time.monotonic() - began > 4 * 0.4 - 0.5, f"gave up after {time.monotonic() - began:.1f} s already")
+        client.err.wait(f"^{re.escape(relay.addr)} closed: ")
+
+
+@test
+def max_clients(t):
+    server = t.server("--max-clients", "2")
+    first, second = t.client(server), t.client(server)
+    for client in (first, second):
+        client.connected()
+    third = t.client(server)
+    time.sleep(1.5)  # several of its ClientHellos
+    for client in (first, second):
+        client.ask("ping", "pong")
+    equal(third.err.count("connected:"), 0, "connections of the third client")
+    third.send_signal(signal.SIGTERM)
+    third.expected = third.reap(PROMPT)  # given up or stopped, both are fine
+    first.ask("stats", "users: 2")
+    second.ends()
+    server.err.wait("closed: closed by the peer$")
+    t.ping(server)
+    first.ask("ping", "pong")
+
+
+# ---- tests: a network that loses, cuts and forges ----------------------------------------------------------------------
+
+
+@test
+def cut_connection_comes_back_by_resumption(t):
+    server = t.server()
+    relay = t.relay(server)
+    term = t.term(relay, "--keepalive", "0.5")
+    term.ask("ping", "pong")
+    term.type("echo half a ")
+    term.prompts("echo half a ")
+    relay.blocked = True
+    term.shows_like(r"closed: ")
+    term.shows_like(r"reconnecting in 0\.5 s")
+    relay.blocked = False
+    equal(server.connected(nth=2)["kind"], "resumed session", "second handshake in the server's log")
+    term.shows_like(r"connected: .*resumed session")
+    term.prompts("echo half a ")
+    term.type("line\r")
+    term.shows("half a line")
+
+
+@test
+def restarted_client_on_its_old_port(t):
+    server = t.server()
+    relay = t.relay(server, one_port=True)
+    t.client(relay).connected()
+    addr = server.connected()["addr"]
+    t.procs[-1].kill()
+    began = time.monotonic()
+    again = t.client(relay)
+    again.connected()
+    check(time.monotonic() - began < PROMPT, f"got in after {time.monotonic() - began:.1f} s only")
+    server.err.wait_line(f"{addr} closed: replaced by a new association from the same address")
+    equal(server.connected(nth=2)["addr"], addr, "address of the second association")
+    again.ask("stats", "users: 1")
+    again.ask("ping", "pong")
+
+
+@test
+def forged_client_hello_changes_nothing(t):
+    server = t.server("-v")
+    relay = t.relay(server)
+    client = t.client(relay)
+    client.connected()
+    client.ask("ping", "pong")
+    first, second = [datagram.data for datagram in relay.handshake(to_server=True)][:2]
+    check(len(second) > len(first), "no cookie in the second ClientHello")
+    stranger = first[:27] + bytes(random.Random(2).choices(range(256), k=28)) + first[55:]  # another client's random
+    for _ in range(20):
+        for hello in (stranger, first, second):
+            relay.forge(True, hello)
+        client.ask("ping", "pong")
+    client.ask("stats", "users: 1")
+    equal(server.err.count("connected:"), 1, "connections in the server's log")
+    equal(server.err.count("closed:"), 0, "connections closed in the server's log")
+
+
+@test
+def forged_datagrams_change_nothing(t):
+    server = t.server()
+    relay = t.relay(server)
+    client = t.client(relay)
+    client.connected()
+    for data in FORGED:
+        for to_server in (True, False):
+            relay.forge(to_server, data)
+        client.ask("ping", "pong", timeout=5)
+    equal(server.err.count("closed:") + client.err.count("closed:"), 0, "connections closed")
+    client.ends()
+
+
+@test(slow=True)
+def forged_datagrams_during_handshakes(t):
+    """But no whole plaintext handshake message: DTLS 1.2 cannot tell a forged one from the peer's."""
+    server = t.server()
+    relay = t.relay(server)
+    relay.to_server_first = relay.to_client_first = [data for data in FORGED if data != FORGED_DONE]
+    for client in [t.client(relay) for _ in range(4)]:
+        client.connected()
+        client.ask("ping", "pong")
+        client.ends()
+
+
+@test(slow=True)
+def twenty_handshakes_through_20_percent_loss(t):
+    server = t.server()
+    relay = t.relay(server)
+    relay.loss = 0.2
+    clients = [t.client(relay) for _ in range(20)]
+    for client in clients:
+        client.connected(timeout=35)
+
+
+def check_sizes(relay, mtu):
+    sizes = [len(datagram.data) for datagram in relay.handshake()]
+    check(max(sizes) <= mtu - IP_UDP_BYTES, f"handshake datagrams at MTU {mtu}: {sizes}")
+
+
+@test
+def smallest_mtu(t):
+    server = t.server("--mtu", "256")
+    relay = t.relay(server)
+    client = t.client(relay, "--mtu", "256")
+    client.connected()
+    check_sizes(relay, 256)
+    client.ask("ping", "pong")
+    client.ask("echo " + "x" * 1000, "x" * 1000)  # longer than the MTU: the IP layer's business
+
+
+@test
+def long_rsa_chain_at_several_mtus(t):
+    authority = t.other_authority(newkey=["-newkey", "rsa:4096"], cn="RSA root")
+    middle = authority.issue("middle", key=authority.key, ca=True)
+    below = Authority(t.path("below"), middle.pem, middle.key)
+    options = ["--ca", authority.pem]
+    identities = {}
+    for name, usage in (("server", "serverAuth"), ("client", "clientAuth")):
+        leaf = below.issue(name, usage=usage, key=authority.key)
+        chain = t.path(f"{name}-chain.pem")
+        pathlib.Path(chain).write_text(pathlib.Path(leaf.pem).read_text() + pathlib.Path(middle.pem).read_text())
+        identities[name] = [*options, "--cert", chain, "--key", leaf.key]
+    for mtu in (576, 1280, 1500):
+        server = t.server("--mtu", mtu, *identities["server"])
+        relay = t.relay(server)
+        client = t.client(relay, "--mtu", mtu, *identities["client"])
+        client.connected()
+        client.ask("ping", "pong")
+        check_sizes(relay, mtu)
+        for to_server in (True, False):
+            largest = max(len(datagram.data) for datagram in relay.handshake(to_server))
+            check(largest > 0.9 * (mtu - IP_UDP_BYTES), f"datagrams at MTU {mtu} are small: {largest} at most")
+
+
+@test(slow=True)
+def mtu_black_hole(t):
+    server = t.server()
+    relay = t.relay(server)
+    relay.limit = 600
+    client = t.client(relay)
+    client.connected(timeout=30)
+    check(relay.lost > 0, "nothing was too large, the test proves nothing")
+    client.ask("ping", "pong")
+
+
+# ---- tests: the terminal ---------------------------------------------------------------------------------------------
+
+
+def in_order(term, *wanted):
+    """These whole lines are on the screen once each and in this order."""
+    lines = term.screen.lines()
+    for line in wanted:
+        equal(lines.count(line), 1, f"times {line!r} on the screen")
+    places = [lines.index(line) for line in wanted]
+    equal(places, sorted(places), f"order of {wanted} on the screen")
+
+
+@test
+def terminal_message_while_typing(t):
+    server = t.server()
+    other = t.client(server)
+    for kind in ("xterm", "vt100"):
+        term = t.term(server, term=kind)
+        term.type("echo unfini")
+        term.prompts("echo unfini")
+        other.send(f"bc news for {kind}")
+        term.shows(f"news for {kind}")
+        term.prompts("echo unfini")
+        term.type("shed\r")
+        term.shows("unfinished")
+        term.prompts()
+        in_order(term, f"news for {kind}", "> echo unfinished", "unfinished")
+        equal(term.screen.lines().count("> echo unfini"), 0, "leftovers of the unfinished line")
+        term.type("echo abcdef\x1b[D\x1b[D\x1b[D")  # the cursor between c and d
+        term.prompts("echo abc", "def")
+        other.send("bc more news")
+        term.shows("more news")
+        term.prompts("echo abc", "def")
+        term.type("-X-\r")
+        term.shows("abc-X-def")
+
+
+@test
+def terminal_messages_over_a_wrapped_line(t):
+    server = t.server()
+    other = t.client(server)
+    term = t.term(server, cols=30, rows=12)
+    text = "a long line with Grüße and 漢字 that needs more than two rows of this narrow terminal"
+    shown = [line for line in term.screen.lines() if not line.startswith(">")]
+    typed = "echo "
+    term.type(typed)
+    for n, word in enumerate(text.split(" ")):
+        term.type(word + " ")
+        typed += word + " "
+        term.prompts(typed)
+        if n % 3 == 0:
+            shown.append(f"message {n} and a message that is itself longer than a row")
+            other.send("bc " + shown[-1])
+            term.shows(shown[-1])
+            term.prompts(typed)
+    term.type("\r")
+    term.shows(text)
+    term.prompts()
+    rows = [row for line in [*shown, "> " + typed, text, ">"] for row in layout(line, 30)[0]]
+    equal(term.screen.history(), rows, "the screen from the start")
+
+
+@test
+def terminal_resize(t):
+    server = t.server()
+    term = t.term(server)
+    text = "a text that needs two rows when the window is narrow"
+    term.type("echo " + text)
+    term.prompts("echo " + text)
+    for cols, rows in ((40, 24), (100, 30), (33, 10), (80, 24)):
+        term.resize(cols, rows)
+        term.prompts("echo " + text)
+        term.type("!")
+        text += "!"
+        term.prompts("echo " + text)
+    term.type("\r")
+    term.shows(text)
+    term.prompts()
+
+
+@test
+def terminal_editing_and_history(t):
+    server = t.server()
+    term = t.term(server)
+    term.ask("ping", "pong")
+    term.ask("echo two", "two")
+    term.type("\x1b[A\x1b[A")
+    term.prompts("ping")
+    term.type("\x1b[B")
+    term.prompts("echo two")
+    term.type("\x1b[A\r")
+    term.shows("pong", 2)
+    term.prompts()
+    term.type("\x1bOA")  # the arrow key in application mode
+    term.prompts("ping")
+    term.type("\x15echo abc\x01")  # ^U empties, ^A goes to the start
+    term.prompts("", "echo abc")
+    term.type("\x05d\x7f\x7fX\r")  # ^E to the end; two characters rubbed out
+    term.shows("abX")
+    term.type("\r\recho behind empty lines\r")
+    term.shows("behind empty lines")
+
+
+@test
+def terminal_paste(t):
+    server = t.server()
+    term = t.term(server)
+    term.type("".join(f"echo pasted {n}\r" for n in range(200)))
+    term.shows("pasted 199")
+    term.see(lambda: sum(line.startswith("pasted ") for line in term.screen.lines()) >= 200, "200 answers")
+    equal([line for line in term.screen.lines() if line.startswith("pasted ")], [f"pasted {n}" for n in range(200)],
+          "answers to the pasted lines")
+    term.prompts()
+    term.type("\x1b[200~echo in brackets\x1b[201~\r")
+    term.shows("in brackets")
+
+
+@test
+def terminal_input_in_pieces(t):
+    server = t.server()
+    term = t.term(server)
+    term.ask("ping", "pong")
+    for byte in "echo é漢\x1b[D!\r".encode():  # half characters and half keys arrive by themselves
+        term.type(bytes([byte]))
+        time.sleep(0.01)
+    term.shows("é!漢")
+
+
+# A shell with job control, in so far as that matters here: when the program stops, it says what the terminal is like,
+# and any line brings the program to the foreground again.
+JOBS_SHELL = """
+import os, signal, sys, termios
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+job = os.fork()
+if job == 0:
+    os.setpgid(0, 0)
+    os.tcsetpgrp(0, os.getpid())
+    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+    os.execvp(sys.argv[1], sys.argv[1:])
+while True:
+    status = os.waitpid(job, os.WUNTRACED)[1]
+    if not os.WIFSTOPPED(status):
+        sys.exit(os.waitstatus_to_exitcode(status))
+    os.tcsetpgrp(0, os.getpgrp())
+    flags = termios.tcgetattr(0)[3]
+    print("stopped,", "cooked" if flags & termios.ICANON and flags & termios.ECHO else "raw", flush=True)
+    sys.stdin.readline()
+    os.tcsetpgrp(0, job)
+    os.kill(job, signal.SIGCONT)
+"""
+
+
+@test
+def terminal_stops_on_ctrl_z_and_comes_back(t):
+    server = t.server()
+    other = t.client(server)
+    term = t.term(server, under=[sys.executable, "-c", JOBS_SHELL])
+    for nth in (1, 2):
+        term.type("echo half")
+        term.prompts("echo half")
+        term.type("\x1a")
+        term.shows("stopped, cooked", nth)
+        other.send(f"bc while it is stopped {nth}")
+        term.type("fg\r")
+        term.shows(f"while it is stopped {nth}")
+        term.prompts("echo half")
+        term.type(f" and half {nth}\r")
+        term.shows(f"half and half {nth}")
+        term.prompts()
+    term.type("\x04")
+    term.exits(0)
+    term.restored()
+
+
+@test
+def terminal_shows_control_characters_escaped(t):
+    server = t.server()
+    term = t.term(server)
+    other = t.client(server)
+    other.send(b"bc red \x1b[31m bell \x07 delete \x7f back \r end")
+    line = term.shows_like("^red .* end$").group()
+    check(line.startswith(r"red \x1b[31m bell \x07 delete \x7f back \x0d end")
+          or line.startswith(r"red \x1b[31m bell \x07 delete \x7f back \r end"), f"shown as {line!r}")
+    check(b"\x1b[31m" not in term.out.data and b"\x07" not in term.out.data, "a control character went to the terminal")
+
+
+@test
+def terminal_ends_on_ctrl_d_and_ctrl_c(t):
+    server = t.server()
+    for nth, key in enumerate("\x04\x03", 1):
+        term = t.term(server)
+        if key == "\x04":
+            term.type("x\x04")  # not an empty line: not the end
+            term.prompts("x")
+            term.type("\x7f")
+        else:
+            term.type("echo never sent")
+            term.prompts("echo never sent")
+        term.type(key)
+        term.exits(0, timeout=PROMPT)
+        term.restored()
+        server.err.wait("closed: closed by the peer$", nth, timeout=PROMPT)
+    term = t.term(server)
+    term.stop()
+    term.restored()
+    server.err.wait("closed: closed by the peer$", 3, timeout=PROMPT)
+
+
+@test
+def terminal_finds_a_restarted_server(t):
+    server = t.server()
+    term = t.term(server, "--keepalive", "0.5")
+    term.type("echo survi")
+    term.prompts("echo survi")
+    server.stop()
+    term.shows_like("closed: closed by the peer$", timeout=PROMPT)
+    term.shows_like(r"reconnecting in 0\.5 s")
+    port = split_addr(server.addr)[1]
+    server = t.server(port=port)
+    term.shows_like("connected: ", 2)
+    term.prompts("echo survi")
+    term.type("ved\r")
+    term.shows("survived")
+    server.kill()  # this one says no goodbye
+    term.shows_like("closed: ", 2)
+    server = t.server(port=port)
+    term.shows_like("connected: ", 3)
+    term.ask("ping", "pong")
+    server.stop()
+    term.shows_like(r"reconnecting in ", 3)
+    term.type("\x04")
+    term.exits(0, timeout=PROMPT)
+    term.restored()
+
+
+@test
+def terminal_backs_off(t):
+    server = t.server()
+    term = t.term(server)
+    server.stop()
+    waits = [float(term.shows_like(r"reconnecting in ([0-9.]+) s", nth).group(1)) for nth in (1, 2, 3)]
+    check(waits[0] == 0.5 and waits == sorted(waits) and waits[2] > waits[0], f"waits of {waits} s")
+    term.type("\x03")
+    term.exits(0, timeout=PROMPT)
+
+
+@test
+def dumb_terminal(t):
+    server = t.server()
+    term = t.term(server, term="dumb")
+    term.ask("ping", "pong")
+    other = t.client(server)
+    other.send("bc to the dumb")
+    term.shows("to the dumb")
+    term.type("\x04")
+    term.exits(0, timeout=PROMPT)
+    term.restored()
+    check(b"\x1b" not in term.out.data, "escape sequences on a dumb terminal")
+
+
+# ---- tests: who is let in --------------------------------------------------------------------------------------------
+
+UNKNOWN_ISSUER = (r"certificate refused: (self.signed certificate( in certificate chain)?|"
+                  r"unable to get local issuer certificate|unable to verify the first certificate)$")
+
+
+def refused(t, refusing, reason, other, alert):
+    """One side says why it refused the certificate, the other that it was refused."""
+    refusing.err.wait(f"handshake failed: {reason}")
+    other.err.wait(f"handshake failed: refused by the peer: {alert}")
+    for side in (refusing, other):
+        equal(side.err.count("connected:"), 0, f"connections of {side.title}")
+
+
+@test
+def client_from_another_ca_is_refused(t):
+    server = t.server()
+    stranger = t.other_authority().issue("stranger")
+    client = t.client(server, *stranger.options, stdin=b"ping\n")
+    refused(t, server, UNKNOWN_ISSUER, client, "unknown CA")
+    client.exits(1, timeout=4 + PROMPT)
+    equal(client.out.text, "", "stdout")
+    t.ping(server)
+
+
+@test
+def server_from_another_ca_is_refused(t):
+    other = t.other_authority()
+    server = t.server(*other.issue("impostor", usage="serverAuth").options)
+    client = t.client(server, stdin=b"ping\n")
+    refused(t, client, UNKNOWN_ISSUER, server, "unknown CA")
+    client.exits(1, timeout=PROMPT)
+    equal(client.out.text, "", "stdout")
+
+
+@test
+def server_with_another_name_is_refused(t):
+    need_second_loopback()
+    server = t.server(at=["127.0.0.2"])
+    client = t.client(server, stdin=b"ping\n")
+    refused(t, client, "certificate refused: IP address mismatch$", server, ".+")
+    client.exits(1, timeout=PROMPT)
+    client = t.client(server, "--name", "other.example", stdin=b"ping\n")
+    refused(t, client, "certificate refused: hostname mismatch$", server, ".+")
+    client.exits(1, timeout=PROMPT)
+    t.ping(server, "--name", "localhost")
+    t.ping(server, "--name", "127.0.0.1")
+
+
+@test
+def foreign_client_with_a_bad_certificate_is_refused(t):
+    authority = t.authority()
+    server = t.server()
+    for identity, reason in ((None, "certificate refused: peer sent no certificate$"),
+                             (authority.expired("old"), "certificate refused: certificate has expired$"),
+                             (server_identity(), "certificate refused: uns(upport|uit)(ed|able) certificate purpose$"),
+                             (Authority(t.path("third")).issue("stranger"), UNKNOWN_ISSUER)):
+        client = t.s_client(server, identity=identity)
+        server.err.wait(f"handshake failed: {reason}")
+        client.reap(WAIT)
+    equal(server.err.count("connected:"), 0, "connections")
+    t.ping(server)
+
+
+@test
+def foreign_server_with_a_bad_certificate_is_refused(t):
+    authority = t.authority()
+    for identity, reason in ((authority.expired("old", usage="serverAuth"), "certificate has expired$"),
+                             (client_identity(), "uns(upport|uit)(ed|able) certificate purpose$"),
+                             (authority.issue("elsewhere", usage="serverAuth", names="IP:192.0.2.1"),
+                              "IP address mismatch$")):
+        server = t.s_server(identity=identity)
+        client = t.client(server, stdin=b"ping\n").exits(1, timeout=PROMPT + 1)
+        client.err.wait(f"handshake failed: certificate refused: {reason}")
+        equal(client.out.text, "", "stdout")
+
+
+@test
+def common_name_cannot_forge_the_log(t):
+    server = t.server()
+    evil = t.authority().issue("evil", cn="evil\x1b[31m")
+    client = t.client(server, *evil.options)
+    client.connected()
+    name = server.connected()["name"]
+    check(name.startswith("evil") and "\x1b" not in name, f"logged as {name!r}")
+    client.send("stats")
+    client.out.wait(r"^127.*evil")
+    check("\x1b" not in client.out.text, "escape character in stats")
+
+
+# ---- tests: foreign implementations ----------------------------------------------------------------------------------
+
+
+@test
+def s_client_as_foreign_client(t):
+    server = t.server()
+    client = t.s_client(server, "-verify_return_error", "-verify_ip", "127.0.0.1", identity=client_identity())
+    addr = server.connected()["addr"]
+    equal(server.connected()["name"], "client", "certificate name")
+    client.out.wait(f"hello, {re.escape(addr)}", partial=True)
+    for line, answer in (("ping", "pong"), ("echo foreign words", "foreign words"), ("whoami", re.escape(addr)),
+                         ("bc to all", "to all"), ("what", re.escape(COMMANDS))):
+        before = client.out.count(answer)
+        client.send(line)
+        client.out.wait(answer, nth=before + 1, partial=True)
+    client.send("Q")
+    server.err.wait_line(f"{addr} closed: closed by the peer")
+
+
+@test
+def s_client_with_crlf_and_resumption(t):
+    server = t.server()
+    session = t.path("session")
+    client = t.s_client(server, "-crlf", "-sess_out", session, identity=client_identity())
+    server.connected()
+    client.send("ping")
+    client.out.wait("pong", partial=True)
+    client.send("Q")
+    client.reap(WAIT)
+    client = t.s_client(server, "-sess_in", session, identity=client_identity())
+    again = server.connected(nth=2)
+    equal(again["kind"], "resumed session", "second handshake")
+    equal(again["name"], "client", "certificate name of a resumed session")
+    client.send("ping")
+    client.out.wait("pong", partial=True)
+
+
+@test
+def s_client_with_other_ciphers(t):
+    server = t.server()
+    for cipher, works in (("ECDHE-ECDSA-AES128-GCM-SHA256", True), ("ECDHE-ECDSA-CHACHA20-POLY1305", True),
+                          ("ECDHE-ECDSA-AES256-SHA384", False), ("ECDHE-ECDSA-AES128-SHA", False)):
+        client = t.s_client(server, "-cipher", cipher, identity=client_identity())
+        if works:
+            server.err.wait(f"connected: client, {cipher}, full handshake$")
+        else:
+            client.reap(WAIT)  # refused
+    equal(server.err.count("connected:"), 2, "connections")
+
+
+@test
+def s_client_cannot_renegotiate(t):
+    server = t.server()
+    client = t.s_client(server, identity=client_identity())
+    server.connected()
+    other = t.client(server)
+    other.connected()
+    client.send("R")
+    client.err.wait("RENEGOTIATING")
+    client.reap(WAIT)  # that tool gives up when it is told no
+    other.ask("ping", "pong")
+    equal(server.err.count("connected:"), 2, "connections")
+
+
+@test
+def s_server_as_foreign_server(t):
+    server = t.s_server(identity=server_identity())
+    client = t.client(server)
+    client.connected()
+    client.send("a line for the foreign server")
+    server.out.wait("a line for the foreign server", partial=True)
+    server.send("the foreign answer")
+    client.out.wait_line("the foreign answer")
+    client.ends()
+    check(set(client.out.lines()) <= {"the foreign answer", ""}, f"stdout: {client.out.lines()}")
+
+
+# ---- tests: certificates ---------------------------------------------------------------------------------------------
+
+
+def described(pem):
+    return openssl("x509", "-in", pem, "-noout", "-text")
+
+
+def mode_of(path):
+    return stat.S_IMODE(os.stat(path).st_mode)
+
+
+@test
+def certificates_are_made_properly(t):
+    folder = pathlib.Path(t.path("certs"))
+    certs_sh(folder, "all")
+    serials = set()
+    for name, parts in (
+            ("ca", ["CA:TRUE", "Certificate Sign", "X509v3 Subject Key Identifier"]),
+            ("server", ["CA:FALSE", "Digital Signature", "TLS Web Server Authentication", "DNS:localhost",
+                        "IP Address:127.0.0.1", "IP Address:0:0:0:0:0:0:0:1", "X509v3 Subject Key Identifier",
+                        "X509v3 Authority Key Identifier"]),
+            ("client", ["CA:FALSE", "Digital Signature", "TLS Web Client Authentication",
+                        "X509v3 Subject Key Identifier", "X509v3 Authority Key Identifier"])):
+        text = described(folder / f"{name}.pem")
+        missing = [part for part in ["Version: 3", "prime256v1", "X509v3 Basic Constraints: critical",
+                                     "X509v3 Key Usage: critical", *parts] if part not in text]
+        check(not missing, f"{name}.pem has no {missing}")
+        equal(oct(mode_of(folder / f"{name}.key")), "0o600", f"mode of {name}.key")
+        serials.add(int(openssl("x509", "-in", folder / f"{name}.pem", "-noout", "-serial").strip().split("=")[1], 16))
+    check("Client Auth" not in described(folder / "server.pem"), "server.pem is good for clients too")
+    check("Server Auth" not in described(folder / "client.pem"), "client.pem is good for servers too")
+    check(len(serials) == 3 and min(serials) > 1 << 56, f"serials are not random: {serials}")
+    for name, purpose in (("server", "sslserver"), ("client", "sslclient")):
+        openssl("verify", "-CAfile", folder / "ca.pem", "-purpose", purpose, folder / f"{name}.pem")
+    server = t.server(certs=folder)
+    t.ping(server, certs=folder)
+
+
+@test
+def certificates_one_more_client(t):
+    folder = pathlib.Path(t.path("certs"))
+    certs_sh(folder, "all")
+    ca = (folder / "ca.pem").read_bytes()
+    certs_sh(folder, "client", "alice")
+    certs_sh(folder, "all")  # again: what is there stays
+    equal((folder / "ca.pem").read_bytes() == ca, True, "the CA is the same afterwards")
+    equal(oct(mode_of(folder / "alice.key")), "0o600", "mode of alice.key")
+    openssl("verify", "-CAfile", folder / "ca.pem", "-purpose", "sslclient", folder / "alice.pem")
+    server = t.server(certs=folder)
+    t.ping(server, *Identity(str(folder / "alice.pem"), str(folder / "alice.key")).options, certs=folder)
+    equal(server.connected()["name"], "alice", "certificate name in the server's log")
+    for name in ("../outside", "", "a/b", "-x"):
+        check(certs_sh(folder, "client", name, wanted=None) != 0, f"client {name!r} was accepted")
+    check(not os.path.exists(t.path("outside.pem")), "wrote outside its folder")
+
+
+@test
+def certificates_deleted_and_nothing_else(t):
+    folder = pathlib.Path(t.path("certs"))
+    certs_sh(folder, "all")
+    certs_sh(folder, "client", "alice")
+    foreign = {"notes.txt": "mine", "mine.pem": "my certificate", "mine.key": "my key"}
+    for name, text in foreign.items():
+        (folder / name).write_text(text)
+    certs_sh(folder, "delete")
+    left = {path.name: path.read_text() for path in folder.iterdir()}
+    equal(left, foreign, "files left after delete")
+    certs_sh(folder, "delete")  # nothing to do is fine
+    certs_sh(folder, "all")
+
+
+@test
+def no_private_key_in_git(t):
+    if not shutil.which("git") or not (ROOT / ".git").exists():
+        raise Skip("no git repository here")
+    found = subprocess.run(["git", "grep", "-lE", "-e", "-----BEGIN [A-Z ]*PRIVATE KEY-----"], cwd=ROOT,
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode()
+    equal(found, "", "tracked files with a private key")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+#!/bin/sh
+# Makes sure of what building takes and, with the argument "test", of what the tests take besides. Says nothing when all of
+# it is there. Installs what is missing where it may: as root, with a sudo that asks no password, or with Homebrew.
+# Elsewhere it prints the command to run and exits with 2.
+set -u
+needed='compiler make openssl-headers libedit-headers openssl'
+welcome='pkg-config' # installed along with the rest, but nothing fails without it
+if [ "${1-}" = test ]; then
+    needed="$needed python3"
+    welcome="$welcome sanitizers"
+fi
+
+# What each package manager calls it; "-": part of the base system, or not to be had.
+packages='
+need            apt-get       dnf                apk          pacman   pkg      pkgin      brew
+compiler        gcc,libc6-dev gcc                gcc,musl-dev gcc      -        -          -
+make            make          make               make         make     -        -          -
+openssl-headers libssl-dev    openssl-devel      openssl-dev  openssl  openssl  openssl    openssl@3
+libedit-headers libedit-dev   libedit-devel      libedit-dev  libedit  libedit  editline   libedit
+openssl         openssl       openssl            openssl      openssl  openssl  openssl    openssl@3
+python3         python3       python3            python3      python   python3  python312  python3
+pkg-config      pkg-config    pkgconf-pkg-config pkgconf      pkgconf  pkgconf  pkgconf    pkgconf
+sanitizers      -             libasan,libubsan   -            -        -        -          -
+'
+
+scratch=$(mktemp -d) || exit 2
+trap 'rm -rf "$scratch"' EXIT
+trap 'exit 1' HUP INT TERM
+
+give_up() { # text
+    echo "setup.sh: $1" >&2
+    exit 2
+}
+
+compiles() { # source text, flags...
+    echo "$1" >"$scratch/try.c"
+    shift
+    ${CC:-cc} -o "$scratch/try" "$scratch/try.c" "$@"
+}
+
+has() { # need
+    case $1 in
+    compiler) compiles 'int main(void) { return 0; }' ;;
+    make) command -v make || command -v bmake ;;
+    openssl-headers) compiles '#include <openssl/ssl.h>' -c $(pkg-config --cflags openssl) ;;
+    libedit-headers) compiles '#include <histedit.h>' -c $(pkg-config --cflags libedit) ;;
+    openssl | pkg-config) command -v "$1" ;;
+    python3) python3 -c 'import sys; sys.exit(sys.version_info < (3, 9))' ;;
+    sanitizers) compiles 'int main(void) { return 0; }' -fsanitize=address,undefined ;;
+    esac >/dev/null 2>&1
+}
+
+lacking() { # needs... -> those that are not there
+    for need in "$@"; do
+        has "$need" || printf '%s ' "$need"
+    done
+}
+
+missing=$(lacking $needed)
+[ -n "$missing" ] || exit 0
+
+for manager in apt-get dnf apk pacman pkg pkgin brew none; do
+    ! command -v $manager >/dev/null 2>&1 || break
+done
+refresh="$manager update"
+case $manager in
+apt-get) install='apt-get install -qy --no-install-recommends' ;;
+dnf) install='dnf install -qy' refresh='dnf makecache' ;;
+apk) install='apk add' ;;
+pacman) install='pacman -S --needed --noconfirm' refresh='pacman -Sy' ;;
+pkg) install='pkg install -y' ;;
+pkgin) install='pkgin -y install' ;;
+brew) install='brew install' ;;
+none) give_up "please install by hand, no package manager known here: $missing" ;;
+esac
+
+names=$(echo "$packages" | awk -v manager=$manager -v needs=" $missing $(lacking $welcome) " '
+    $1 == "need" { for (i = 2; i <= NF; i++) if ($i == manager) column = i }
+    NF && index(needs, " " $1 " ") && $column != "-" && !seen[$column]++ {
+        gsub(",", " ", $column)
+        printf "%s%s", sep, $column
+        sep = " "
+    }')
+[ -n "$names" ] || give_up "please install by hand, $manager has no package for it: $missing"
+
+if [ "$manager" = brew ] || [ "$(id -u)" = 0 ]; then
+    as=
+elif sudo -n true >/dev/null 2>&1; then
+    as='sudo -n'
+else
+    give_up "missing: $missing
+as root, please run:
+    $refresh && $install $names"
+fi
+
+echo "setup.sh: installing $names" >&2
+run() {
+    $as env DEBIAN_FRONTEND=noninteractive "$@" </dev/null
+}
+{
+    # Package lists may be empty, or so old that what they name is gone.
+    run $install $names || { run $refresh && run $install $names; }
+} >"$scratch/log" 2>&1 || {
+    cat "$scratch/log" >&2
+    give_up "failed: $install $names"
+}
+missing=$(lacking $needed)
+[ -z "$missing" ] || give_up "still missing after $install $names: $missing"

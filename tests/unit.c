@@ -1,0 +1,765 @@
+/* Unit tests of the parts that nothing outside dtls.c can reach: they see its static functions by including it.
+ *
+ *   unit CERTS_DIR
+ */
+#define DTLS_MAIN
+#define main program_main
+#include "../dtls.c"
+#undef main
+
+#include <pthread.h>
+
+static int failed, checked;
+
+/* One line for each test; the first check that fails names it. */
+static const char *test_name;
+
+static void check_at(int good, int line, const char *text)
+{
+    checked++;
+    if (good)
+        return;
+    printf("not ok - unit %s: line %d: %s\n", test_name, line, text);
+    failed++;
+}
+
+#define CHECK(condition) check_at((condition) ? 1 : 0, __LINE__, #condition)
+
+static void done(int failed_before)
+{
+    if (failed == failed_before)
+        printf("ok - unit %s\n", test_name);
+}
+
+/* ---- addresses ---- */
+
+static bool parses(const char *text, const char *back)
+{
+    dtls_addr a;
+    char buf[DTLS_ADDR_TEXT];
+    return dtls_addr_parse(&a, text, NULL) == 0 && strcmp(dtls_addr_format(&a, buf, sizeof buf), back) == 0;
+}
+
+static bool refused(const char *text, const char *word)
+{
+    dtls_addr a;
+    dtls_error err = {0};
+    return dtls_addr_parse(&a, text, &err) == DTLS_ERR_ADDR && err.code == DTLS_ERR_ADDR && strstr(err.text, word);
+}
+
+static void test_addresses(void)
+{
+    CHECK(parses("127.0.0.1:1234", "127.0.0.1:1234"));
+    CHECK(parses("0.0.0.0:0", "0.0.0.0:0"));
+    CHECK(parses("[::1]:65535", "[::1]:65535"));
+    CHECK(parses("[2001:DB8::0001]:1", "[2001:db8::1]:1"));
+    CHECK(parses("[::ffff:127.0.0.1]:1234", "127.0.0.1:1234"));
+    CHECK(parses("[fe80::1%lo]:1234", "[fe80::1%lo]:1234"));
+    CHECK(parses("[fe80::1%1]:1234", "[fe80::1%lo]:1234"));
+    CHECK(parses("[2001:db8::1%lo]:1234", "[2001:db8::1]:1234")); /* only link-local addresses have a scope */
+    CHECK(refused("127.0.0.1", "no port"));
+    CHECK(refused("[::1]", "no port"));
+    CHECK(refused("[::1]1234", "no port"));
+    CHECK(refused("", "no port"));
+    CHECK(refused("::1:1234", "brackets"));
+    CHECK(refused("127.0.0.1:70000", "65535"));
+    CHECK(refused("127.0.0.1:", "65535"));
+    CHECK(refused("127.0.0.1:-1", "65535"));
+    CHECK(refused("127.0.0.1:1x", "65535"));
+    CHECK(refused("127.0.0.1:000001", "65535"));
+    CHECK(refused("127.0.0.256:1", "IPv4"));
+    CHECK(refused("localhost:1", "IPv4"));
+    CHECK(refused("[127.0.0.1]:1", "IPv6"));
+    CHECK(refused("[]:1", "IPv6"));
+    CHECK(refused("[fe80::1%nosuch0]:1", "nosuch0"));
+    CHECK(refused("[00000000000000000000000000000000000000000000000000000000000000000000000000000000000000]:1", "not an"));
+}
+
+static void test_address_forms(void)
+{
+    struct sockaddr_in6 mapped = {.sin6_family = AF_INET6, .sin6_port = htons(7)};
+    struct sockaddr_in plain = {.sin_family = AF_INET, .sin_port = htons(7)};
+    struct sockaddr_storage ss;
+    dtls_addr a, b;
+    uint8_t packed[2][ADDR_PACKED];
+    inet_pton(AF_INET6, "::ffff:10.1.2.3", &mapped.sin6_addr);
+    inet_pton(AF_INET, "10.1.2.3", &plain.sin_addr);
+    memset(&a, 0xaa, sizeof a);
+    memset(&b, 0x55, sizeof b);
+    CHECK(dtls_addr_from_sockaddr(&a, (struct sockaddr *)&mapped, sizeof mapped) == 0);
+    CHECK(dtls_addr_from_sockaddr(&b, (struct sockaddr *)&plain, sizeof plain) == 0);
+    CHECK(dtls_addr_equal(&a, &b) && memcmp(&a, &b, sizeof a) == 0);
+    addr_pack(&a, packed[0]);
+    addr_pack(&b, packed[1]);
+    CHECK(memcmp(packed[0], packed[1], ADDR_PACKED) == 0);
+    CHECK(dtls_addr_from_sockaddr(&a, (struct sockaddr *)&plain, 3) == DTLS_ERR_ADDR);
+    dtls_addr_parse(&a, "[fe80::1%lo]:9", NULL);
+    socklen_t len = addr_to_sockaddr(&a, &ss);
+    CHECK(dtls_addr_from_sockaddr(&b, (struct sockaddr *)&ss, len) == 0 && dtls_addr_equal(&a, &b));
+    dtls_addr_parse(&b, "[fe80::1]:9", NULL);
+    CHECK(!dtls_addr_equal(&a, &b));
+}
+
+static void test_siphash(void)
+{
+    /* The first vectors of the reference implementation: key 00..0f, input 00.. of 0, 1, 8 and 15 bytes. */
+    uint8_t key[16], data[16];
+    for (int i = 0; i < 16; i++)
+        key[i] = data[i] = (uint8_t)i;
+    CHECK(siphash(key, data, 0) == 0x726fdb47dd0e0e31);
+    CHECK(siphash(key, data, 1) == 0x74f839c593dc67fd);
+    CHECK(siphash(key, data, 8) == 0x93f5f5799a932462);
+    CHECK(siphash(key, data, 15) == 0xa129ca6149be45e5);
+}
+
+/* ---- loop ---- */
+
+static int64_t fake_now;
+static int64_t fake_clock(void *user)
+{
+    (void)user;
+    return fake_now;
+}
+
+static int fired_order[1000], fired_len;
+static struct timer many[1000];
+static void fire(void *user)
+{
+    fired_order[fired_len++] = (int)((struct timer *)user - many);
+}
+
+static void test_timer_heap(void)
+{
+    dtls_loop *l = dtls_loop_new(&(dtls_loop_config){.now_us = fake_clock});
+    unsigned seed = 1;
+    bool set[1000] = {false}, ordered = true;
+    int expected = 0;
+    fake_now = 0;
+    fired_len = 0;
+    for (int i = 0; i < 1000; i++)
+        CHECK(timer_init(l, &many[i], fire, &many[i]) == 0);
+    for (int step = 0; step < 20000; step++) {
+        seed = seed * 1103515245 + 12345;
+        int i = (int)(seed >> 8) % 1000;
+        set[i] = seed >> 28 != 0;
+        if (set[i])
+            timer_set(l, &many[i], (int64_t)(seed >> 4 & 0xffff));
+        else
+            timer_stop(l, &many[i]);
+    }
+    for (int i = 0; i < 1000; i++)
+        expected += set[i];
+    CHECK(l->heap_len == (size_t)expected);
+    fake_now = 0x8000;
+    timer_run(l);
+    for (int i = 0; i < fired_len; i++) {
+        ordered = ordered && many[fired_order[i]].at_us <= fake_now && set[fired_order[i]];
+        ordered = ordered && (i == 0 || many[fired_order[i - 1]].at_us <= many[fired_order[i]].at_us);
+    }
+    CHECK(ordered && fired_len > 100 && fired_len < expected);
+    CHECK(l->heap_len == 0 || l->heap[1]->at_us > fake_now);
+    for (int i = 0; i < 1000; i++)
+        timer_done(l, &many[i]);
+    CHECK(l->heap_len == 0 && l->timers == 0);
+    dtls_loop_free(l);
+}
+
+static int again_count;
+static void fire_again(void *user)
+{
+    again_count++;
+    dtls_timer_set(*(dtls_timer **)user, 0);
+}
+
+static void test_timers(void)
+{
+    dtls_loop *l = dtls_loop_new(&(dtls_loop_config){.now_us = fake_clock});
+    dtls_timer *t = dtls_timer_new(l, fire_again, &t);
+    fake_now = 1000;
+    again_count = 0;
+    CHECK(dtls_loop_timeout(l) == -1);
+    dtls_timer_set(t, 5);
+    CHECK(dtls_loop_timeout(l) == 5);
+    fake_now += 4001;
+    CHECK(dtls_loop_timeout(l) == 1); /* rounded up */
+    CHECK(dtls_loop_poll(l, 0) == 0 && again_count == 0);
+    fake_now += 999;
+    CHECK(dtls_loop_timeout(l) == 0);
+    CHECK(dtls_loop_poll(l, 0) == 0 && again_count == 1); /* set to now again, but the turn ends */
+    CHECK(dtls_loop_poll(l, 0) == 0 && again_count == 2);
+    dtls_timer_set(t, -1);
+    CHECK(dtls_loop_timeout(l) == -1);
+    dtls_timer_free(t);
+    dtls_loop_free(l);
+}
+
+static dtls_watch *watch_other;
+static int watch_calls;
+static void watch_free_other(void *user, int fd, unsigned events)
+{
+    dtls_watch **mine = user;
+    (void)fd;
+    watch_calls += events == DTLS_READ;
+    dtls_watch_free(watch_other); /* both are readable: the other one's event of this turn must not come */
+    dtls_watch_free(*mine);
+    watch_other = NULL;
+}
+
+static void test_watches(void)
+{
+    dtls_loop *l = dtls_loop_new(NULL);
+    int a[2], b[2];
+    CHECK(pipe(a) == 0 && pipe(b) == 0);
+    CHECK(write(a[1], "x", 1) == 1 && write(b[1], "x", 1) == 1);
+    dtls_watch *first = NULL, *second = NULL;
+    first = dtls_watch_new(l, a[0], DTLS_READ, watch_free_other, &first);
+    second = dtls_watch_new(l, b[0], DTLS_READ, watch_free_other, &second);
+    watch_other = second; /* whichever comes first ends both */
+    watch_calls = 0;
+    CHECK(dtls_loop_poll(l, 1000) == 0 && watch_calls >= 1);
+    CHECK(dtls_loop_poll(l, 0) == 0 && watch_calls == 1);
+    for (int i = 0; i < 2; i++) {
+        close(a[i]);
+        close(b[i]);
+    }
+    dtls_loop_free(l);
+}
+
+static int posted_next, posted_bad;
+static void posted(void *arg)
+{
+    posted_bad += (int)(intptr_t)arg != posted_next++;
+}
+
+static void *post_thread(void *user)
+{
+    for (int i = 0; i < 1000; i++)
+        while (dtls_loop_post(user, posted, (void *)(intptr_t)i) != 0)
+            ;
+    return NULL;
+}
+
+static void test_posts(void)
+{
+    dtls_loop *l = dtls_loop_new(NULL);
+    pthread_t thread;
+    posted_next = posted_bad = 0;
+    CHECK(pthread_create(&thread, NULL, post_thread, l) == 0);
+    for (int i = 0; i < 5000 && posted_next < 1000; i++)
+        dtls_loop_poll(l, 1000); /* woken by the posts, not by this limit */
+    pthread_join(thread, NULL);
+    CHECK(posted_next == 1000 && posted_bad == 0);
+    for (int i = 0; i < POSTS_MAX; i++)
+        if (dtls_loop_post(l, posted, NULL) != 0)
+            posted_bad++;
+    CHECK(posted_bad == 0 && dtls_loop_post(l, posted, NULL) == DTLS_ERR_AGAIN);
+    dtls_loop_free(l); /* those still waiting are let go */
+}
+
+static int signals_seen;
+static void on_signal(void *user, int signo)
+{
+    (void)user;
+    signals_seen += signo == SIGUSR1;
+}
+
+static void test_signals(void)
+{
+    dtls_loop *l = dtls_loop_new(NULL);
+    signals_seen = 0;
+    CHECK(dtls_loop_signal(l, SIGUSR1, on_signal, NULL) == 0);
+    raise(SIGUSR1);
+    dtls_loop_poll(l, 1000);
+    CHECK(signals_seen == 1);
+    CHECK(dtls_loop_signal(l, SIGUSR1, NULL, NULL) == 0);
+    sigset_t now;
+    sigprocmask(SIG_BLOCK, NULL, &now);
+    CHECK(sigismember(&now, SIGUSR1) == 0);
+    for (int i = 0; i < SIGNALS_MAX; i++)
+        CHECK(dtls_loop_signal(l, SIGRTMIN + 1 + i, on_signal, NULL) == 0);
+    CHECK(dtls_loop_signal(l, SIGUSR1, on_signal, NULL) == DTLS_ERR_LIMIT);
+    dtls_loop_free(l);
+}
+
+static int poll_result;
+static void poll_inside(void *user)
+{
+    poll_result = dtls_loop_poll(user, 0);
+}
+
+static void test_loop_nesting(void)
+{
+    dtls_loop *l = dtls_loop_new(NULL);
+    dtls_loop_post(l, poll_inside, l);
+    CHECK(dtls_loop_timeout(l) == 0);
+    dtls_loop_poll(l, 0);
+    CHECK(poll_result == DTLS_ERR_STATE);
+    dtls_loop_free(l);
+    dtls_loop_free(NULL);
+}
+
+/* ---- endpoint, BIO, guard ---- */
+
+static const char *certs;
+
+static dtls_endpoint *make_endpoint(dtls_loop *l, dtls_config cfg)
+{
+    char cert[512], key[512], ca[512];
+    dtls_error err = {0};
+    snprintf(cert, sizeof cert, "%s/server.pem", certs);
+    snprintf(key, sizeof key, "%s/server.key", certs);
+    snprintf(ca, sizeof ca, "%s/ca.pem", certs);
+    cfg.cert_file = cert;
+    cfg.key_file = key;
+    cfg.ca_file = ca;
+    dtls_endpoint *ep = dtls_endpoint_new(l, &cfg, &err);
+    if (!ep)
+        printf("# %s\n", err.text);
+    return ep;
+}
+
+static int sent_len, send_refuses;
+static unsigned char sent[2048];
+static int fake_send(void *user, const void *data, size_t len, const dtls_addr *from, const dtls_addr *to)
+{
+    (void)user, (void)from, (void)to;
+    if (send_refuses)
+        return -1;
+    sent_len = (int)len;
+    memcpy(sent, data, len < sizeof sent ? len : sizeof sent);
+    return 0;
+}
+
+static void test_bio(void)
+{
+    dtls_loop *l = dtls_loop_new(NULL);
+    dtls_endpoint *ep = make_endpoint(l, (dtls_config){.send = fake_send, .mtu_bytes = 1400});
+    dtls_conn *c = conn_new(ep, false);
+    dtls_addr_parse(&c->peer, "127.0.0.1:1", NULL);
+    BIO *b = SSL_get_rbio(c->ssl);
+    char out[64];
+    CHECK(BIO_read(b, out, sizeof out) == -1 && BIO_should_retry(b));
+    const uint8_t record[16] = {22, 0xfe, 0xff, 0, 0, 9, 9, 9, 9, 9, 9, 0, 3, 'a', 'b', 'c'};
+    c->in = record;
+    c->in_len = sizeof record;
+    CHECK(BIO_ctrl(b, BIO_CTRL_PENDING, 0, NULL) == 16);
+    BIO_ctrl(b, BIO_CTRL_DGRAM_SET_PEEK_MODE, 1, NULL);
+    CHECK(BIO_read(b, out, sizeof out) == 16 && c->in == record);
+    BIO_ctrl(b, BIO_CTRL_DGRAM_SET_PEEK_MODE, 0, NULL);
+    c->in_renumber = true;
+    c->in_sequence = 0x010203;
+    CHECK(BIO_read(b, out, sizeof out) == 16 && memcmp(out + 5, "\0\0\0\1\2\3", 6) == 0 && memcmp(out + 13, "abc", 3) == 0);
+    CHECK(BIO_read(b, out, sizeof out) == -1 && BIO_should_retry(b) && c->in_sequence == 0x010204); /* one, then none */
+    c->in = record;
+    c->in_renumber = false;
+    CHECK(BIO_read(b, out, 4) == 4 && BIO_read(b, out, 4) == -1); /* a datagram is read once, cut or not */
+
+    CHECK(BIO_write(b, "xyz", 3) == 3 && sent_len == 3 && ep->counters.datagrams_out == 1);
+    send_refuses = 1;
+    CHECK(BIO_write(b, "xyz", 3) == -1 && BIO_should_retry(b) && ep->counters.datagrams_out == 1);
+    send_refuses = 0;
+
+    CHECK(BIO_ctrl(b, BIO_CTRL_FLUSH, 0, NULL) == 1);
+    CHECK(BIO_ctrl(b, BIO_CTRL_DGRAM_QUERY_MTU, 0, NULL) == 1372);
+    CHECK(BIO_ctrl(b, BIO_CTRL_DGRAM_GET_MTU_OVERHEAD, 0, NULL) == 28);
+    CHECK(BIO_ctrl(b, BIO_CTRL_DGRAM_GET_FALLBACK_MTU, 0, NULL) == 1252);
+    CHECK(BIO_ctrl(b, BIO_CTRL_DGRAM_GET_FALLBACK_MTU, 0, NULL) == 1252);
+    CHECK(BIO_ctrl(b, BIO_CTRL_DGRAM_GET_FALLBACK_MTU, 0, NULL) == 548);
+    dtls_addr_parse(&c->peer, "[::1]:1", NULL);
+    CHECK(BIO_ctrl(b, BIO_CTRL_DGRAM_QUERY_MTU, 0, NULL) == 1352);
+    CHECK(BIO_ctrl(b, BIO_CTRL_DGRAM_GET_MTU_OVERHEAD, 0, NULL) == 48);
+    const int zero[] = {BIO_CTRL_PUSH, BIO_CTRL_POP, BIO_CTRL_WPENDING, BIO_CTRL_DGRAM_GET_PEER, BIO_CTRL_DGRAM_SET_PEER,
+                        BIO_CTRL_DGRAM_SET_CONNECTED, BIO_CTRL_DGRAM_SET_NEXT_TIMEOUT, 73, 76, 999, -1};
+    struct timeval tv = {0, 0};
+    for (size_t i = 0; i < sizeof zero / sizeof *zero; i++)
+        CHECK(BIO_ctrl(b, zero[i], 0, &tv) == 0);
+    conn_destroy(&c->object);
+    dtls_loop_free(l);
+}
+
+/* A record, for the guard. */
+static struct record rec(unsigned type, unsigned epoch, const void *body, size_t len)
+{
+    static uint8_t bytes[2048];
+    struct record r = {.size = 0};
+    bytes[0] = (uint8_t)type;
+    bytes[1] = 0xfe;
+    bytes[2] = 0xfd;
+    bytes[3] = 0;
+    bytes[4] = (uint8_t)epoch;
+    memset(bytes + 5, 0, 6);
+    bytes[11] = (uint8_t)(len >> 8);
+    bytes[12] = (uint8_t)len;
+    memcpy(bytes + RECORD_HEADER, body, len);
+    CHECK(record_parse(bytes, RECORD_HEADER + len, &r));
+    return r;
+}
+
+static int guard(dtls_conn *c, unsigned type, unsigned epoch, const void *body, size_t len)
+{
+    struct record r = rec(type, epoch, body, len);
+    return guard_check(c, &r);
+}
+
+static void test_records(void)
+{
+    uint8_t p[RECORD_HEADER + 4] = {22, 0xfe, 0xfd, 0, 1, 0, 0, 0, 0, 1, 2, 0, 4};
+    struct record r;
+    CHECK(record_parse(p, sizeof p, &r) && r.type == 22 && r.epoch == 1 && r.sequence == 0x102 && r.body_len == 4);
+    CHECK(!record_parse(p, sizeof p - 1, &r)); /* cut short */
+    for (size_t n = 0; n <= RECORD_HEADER; n++)
+        CHECK(!record_parse(p, n, &r));
+    p[12] = 0;
+    CHECK(!record_parse(p, sizeof p, &r)); /* empty */
+    p[12] = 4;
+    p[0] = 24;
+    CHECK(!record_parse(p, sizeof p, &r));
+    p[0] = 19;
+    CHECK(!record_parse(p, sizeof p, &r));
+    p[0] = 22;
+    p[1] = 3;
+    CHECK(!record_parse(p, sizeof p, &r));
+    p[1] = 0xfe;
+    p[2] = 0xfc;
+    CHECK(!record_parse(p, sizeof p, &r));
+    p[2] = 0xff;
+    CHECK(record_parse(p, sizeof p, &r));
+    p[11] = 0xff;
+    CHECK(!record_parse(p, sizeof p, &r));
+}
+
+static void test_guard(void)
+{
+    dtls_loop *l = dtls_loop_new(NULL);
+    dtls_endpoint *ep = make_endpoint(l, (dtls_config){.send = fake_send});
+    dtls_conn *c = conn_new(ep, true);
+    uint8_t body[64] = {0};
+    const uint8_t fatal[2] = {2, 48}, warning[2] = {1, 90}, close_notify[2] = {1, 0};
+
+    /* In a handshake. */
+    CHECK(guard(c, TYPE_DATA, 0, body, 8) == DTLS_DROP_DATA);
+    CHECK(guard(c, TYPE_ALERT, 0, warning, 2) == DTLS_DROP_ALERT && !c->hint_at);
+    CHECK(guard(c, TYPE_ALERT, 0, close_notify, 2) == DTLS_DROP_ALERT && c->hint_at);
+    c->hint_at = 0;
+    CHECK(guard(c, TYPE_ALERT, 0, fatal, 2) == DTLS_DROP_ALERT && c->hint_at);
+    CHECK(strcmp(c->hint, "refused by the peer: unknown CA") == 0);
+    CHECK(guard(c, TYPE_CCS, 0, "\1", 1) == -1);
+    CHECK(guard(c, TYPE_CCS, 0, "\2", 1) == DTLS_DROP_HANDSHAKE);
+    CHECK(guard(c, TYPE_CCS, 0, "\1\1", 2) == DTLS_DROP_HANDSHAKE);
+    CHECK(guard(c, TYPE_CCS, 1, "\1", 1) == DTLS_DROP_HANDSHAKE);
+    CHECK(guard(c, TYPE_HANDSHAKE, 2, body, 40) == DTLS_DROP_EPOCH);
+    CHECK(guard(c, TYPE_HANDSHAKE, 1, body, 23) == DTLS_DROP_SHORT);
+    for (int i = 0; i < EARLY_RECORDS; i++)
+        CHECK(guard(c, TYPE_HANDSHAKE, 1, body, 40) == -1);
+    CHECK(guard(c, TYPE_HANDSHAKE, 1, body, 40) == DTLS_DROP_EARLY);
+
+    /* Handshake headers: type, length 4, sequence 1, offset 0, fragment 4. */
+    uint8_t m[32] = {16, 0, 0, 4, 0, 1, 0, 0, 0, 0, 0, 4, 1, 2, 3, 4};
+    CHECK(guard(c, TYPE_HANDSHAKE, 0, m, 16) == -1);
+    CHECK(guard(c, TYPE_HANDSHAKE, 0, m, 15) == DTLS_DROP_HANDSHAKE);
+    CHECK(guard(c, TYPE_HANDSHAKE, 0, m, 17) == DTLS_DROP_HANDSHAKE);
+    CHECK(guard(c, TYPE_HANDSHAKE, 0, m, 5) == DTLS_DROP_HANDSHAKE);
+    const struct {
+        int at, value;
+    } lies[] = {{0, 2}, {0, 20}, {0, 0}, {0, 99}, {1, 1}, {4, 1}, {5, 33}, {6, 1}, {8, 1}, {9, 1}, {11, 5}, {11, 0}};
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
+        uint8_t was = m[lies[i].at];
+        m[lies[i].at] = (uint8_t)lies[i].value;
+        CHECK(guard(c, TYPE_HANDSHAKE, 0, m, 16) == DTLS_DROP_HANDSHAKE);
+        m[lies[i].at] = was;
+    }
+    memcpy(m + 16, m, 16); /* two messages in one record */
+    CHECK(guard(c, TYPE_HANDSHAKE, 0, m, 32) == -1);
+    c->server = false;
+    CHECK(guard(c, TYPE_HANDSHAKE, 0, m, 16) == DTLS_DROP_HANDSHAKE); /* no server sends a ClientKeyExchange */
+    m[0] = 2;
+    CHECK(guard(c, TYPE_HANDSHAKE, 0, m, 16) == -1);
+
+    /* Established. */
+    c->state = CONN_OPEN;
+    c->overhead = OVERHEAD_MAX;
+    CHECK(guard(c, TYPE_DATA, 1, body, 24) == -1);
+    CHECK(guard(c, TYPE_ALERT, 1, body, 26) == -1);
+    CHECK(guard(c, TYPE_HANDSHAKE, 1, body, 40) == -1);
+    for (size_t n = 1; n < 24; n++)
+        CHECK(guard(c, TYPE_DATA, 1, body, n) == DTLS_DROP_SHORT);
+    CHECK(guard(c, TYPE_CCS, 1, body, 24) == DTLS_DROP_HANDSHAKE);
+    CHECK(guard(c, TYPE_ALERT, 0, fatal, 2) == DTLS_DROP_EPOCH);
+    CHECK(guard(c, TYPE_DATA, 0, body, 40) == DTLS_DROP_EPOCH);
+    CHECK(guard(c, TYPE_DATA, 2, body, 40) == DTLS_DROP_EPOCH);
+    c->overhead = OVERHEAD_MIN;
+    CHECK(guard(c, TYPE_DATA, 1, body, 16) == -1 && guard(c, TYPE_DATA, 1, body, 15) == DTLS_DROP_SHORT);
+    c->state = CONN_HANDSHAKE;
+    conn_destroy(&c->object);
+    dtls_loop_free(l);
+}
+
+static void test_cookies(void)
+{
+    fake_now = 1000;
+    dtls_loop *l = dtls_loop_new(&(dtls_loop_config){.now_us = fake_clock});
+    dtls_endpoint *ep = make_endpoint(l, (dtls_config){.send = fake_send, .cookie_ms = 1000});
+    dtls_conn *c = conn_new(ep, true);
+    unsigned char cookie[COOKIE_BYTES];
+    unsigned len = 0;
+    dtls_addr_parse(&c->peer, "192.0.2.1:1000", NULL);
+    dtls_addr_parse(&c->local, "192.0.2.2:2000", NULL);
+    CHECK(cookie_generate(c->ssl, cookie, &len) == 1 && len == COOKIE_BYTES);
+    CHECK(cookie_verify(c->ssl, cookie, len) == 1);
+    CHECK(cookie_verify(c->ssl, cookie, len - 1) == 0 && cookie_verify(c->ssl, cookie, 0) == 0);
+    cookie[0] ^= 1;
+    CHECK(cookie_verify(c->ssl, cookie, len) == 0);
+    cookie[0] ^= 1;
+    c->peer.port++;
+    CHECK(cookie_verify(c->ssl, cookie, len) == 0);
+    c->peer.port--;
+    c->local.ip[3]++;
+    CHECK(cookie_verify(c->ssl, cookie, len) == 0);
+    c->local.ip[3]--;
+    l->now = fake_now += 1000 * 1000;
+    cookie_rotate(ep);
+    CHECK(cookie_verify(c->ssl, cookie, len) == 1); /* under the secret before */
+    l->now = fake_now += 1000 * 1000;
+    cookie_rotate(ep);
+    CHECK(cookie_verify(c->ssl, cookie, len) == 0);
+    cookie_generate(c->ssl, cookie, &len);
+    l->now = fake_now += 5000 * 1000; /* a long quiet time ages both */
+    cookie_rotate(ep);
+    CHECK(cookie_verify(c->ssl, cookie, len) == 0);
+    conn_destroy(&c->object);
+    dtls_loop_free(l);
+}
+
+static void test_table(void)
+{
+    enum { N = 500 };
+    dtls_loop *l = dtls_loop_new(NULL);
+    dtls_endpoint *ep = make_endpoint(l, (dtls_config){.send = fake_send});
+    dtls_conn *c[N];
+    int found = 0;
+    for (int i = 0; i < N; i++) {
+        c[i] = conn_new(ep, false);
+        dtls_addr_parse(&c[i]->peer, "192.0.2.1:1000", NULL);
+        c[i]->peer.port = (uint16_t)i;
+        CHECK(ep_list(c[i]) == 0);
+    }
+    for (int i = 0; i < N; i++)
+        found += ep_find(ep, &c[i]->peer, &c[i]->local) == c[i];
+    CHECK(found == N && ep->table_size >= N);
+    for (int i = 0; i < N; i += 2)
+        ep_unlist(c[i]);
+    found = 0;
+    for (int i = 0; i < N; i++)
+        found += ep_find(ep, &c[i]->peer, &c[i]->local) == (i % 2 ? c[i] : NULL);
+    CHECK(found == N && ep->counters.conns == N / 2);
+    int walked = 0;
+    for (dtls_conn *w = ep->first; w; w = w->next)
+        walked += w == c[walked * 2 + 1];
+    CHECK(walked == N / 2);
+    for (int i = 0; i < N; i += 2)
+        conn_destroy(&c[i]->object);
+    dtls_loop_free(l); /* ends the others */
+}
+
+/* The send queue, on a Unix socket pair, which does say when it is full. */
+static void test_backlog(void)
+{
+    dtls_loop *l = dtls_loop_new(NULL);
+    dtls_endpoint *ep = make_endpoint(l, (dtls_config){.send_queue_bytes = 50000});
+    dtls_addr a, none = {.family = 4};
+    char data[1000], got[2000];
+    int pair[2], sent_ok = 0, received = 0, ordered = 1;
+    dtls_addr_parse(&a, "127.0.0.1:0", NULL);
+    CHECK(dtls_endpoint_listen(ep, &a, NULL) == 0 && a.port != 0);
+    struct udp *u = (struct udp *)ep->sockets.next;
+    dtls_conn *c = conn_new(ep, false);
+    CHECK(socketpair(AF_UNIX, SOCK_DGRAM, 0, pair) == 0 && fd_prepare(pair[0]) == 0 && fd_prepare(pair[1]) == 0);
+    dtls_watch *real = u->watch;
+    int real_fd = u->fd;
+    u->fd = pair[0];
+    u->conn = c; /* connected: no address to give */
+    u->watch = dtls_watch_new(l, pair[0], DTLS_READ, udp_event, u);
+    for (int i = 0; i < 10000; i++) {
+        snprintf(data, sizeof data, "%d", i);
+        loop_enter(l);
+        int r = udp_send(l, u, data, sizeof data, &none, &none);
+        loop_leave(l);
+        if (r != 0)
+            break;
+        sent_ok++;
+    }
+    CHECK(sent_ok >= 50 && sent_ok < 10000 && u->backlog_bytes > 49000 && u->backlog_bytes <= 50000);
+    for (int turns = 0; turns < 10000 && received < sent_ok; turns++) {
+        while (recv(pair[1], got, sizeof got, 0) > 0)
+            ordered = ordered && atoi(got) == received++;
+        dtls_loop_poll(l, 10);
+    }
+    CHECK(received == sent_ok && ordered && !u->first && u->backlog_bytes == 0 && u->watch->events == DTLS_READ);
+    close(pair[1]); /* now the system refuses: dropped, counted, no harm */
+    loop_enter(l);
+    CHECK(udp_send(l, u, data, sizeof data, &none, &none) == 0);
+    loop_leave(l);
+    CHECK(ep->counters.dropped[DTLS_DROP_SEND] == 1 && ep->counters.receive_errors > 0);
+    dtls_watch_free(u->watch);
+    close(pair[0]);
+    u->conn = NULL;
+    u->fd = real_fd;
+    u->watch = real;
+    conn_destroy(&c->object);
+    dtls_loop_free(l);
+}
+
+static void test_config(void)
+{
+    dtls_loop *l = dtls_loop_new(NULL);
+    dtls_error err = {0};
+    const dtls_config bad[] = {{.mtu_bytes = 255}, {.mtu_bytes = 65536}, {.retransmit_ms = 7000}, {.max_conns = -1},
+                               {.idle_timeout_ms = -2}, {.retransmit_max_ms = 700000}};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        CHECK(!dtls_endpoint_new(l, &bad[i], &err) && err.code == DTLS_ERR_ARG && err.text[0]);
+    CHECK(!dtls_endpoint_new(l, &(dtls_config){0}, &err) && err.code == DTLS_ERR_CERT);
+    CHECK(strcmp(dtls_version(), DTLS_C_VERSION) == 0);
+    for (int i = 0; i >= DTLS_ERR_LIMIT; i--)
+        CHECK(strcmp(dtls_strerror(i), "unknown error") != 0);
+    CHECK(strcmp(dtls_strerror(DTLS_ERR_LIMIT - 1), "unknown error") == 0);
+    for (int i = 0; i < DTLS_DROP_COUNT; i++)
+        CHECK(dtls_drop_name((dtls_drop)i)[0] != 0);
+    dtls_loop_free(l);
+}
+
+/* ---- program ---- */
+
+static bool command_is(const char *message, enum command command, const char *text)
+{
+    const char *got;
+    size_t len;
+    if (command_parse(message, strlen(message), &got, &len) != command)
+        return false;
+    return text ? len == strlen(text) && memcmp(got, text, len) == 0 : got == NULL && len == 0;
+}
+
+static void test_commands(void)
+{
+    CHECK(command_is("ping", COMMAND_PING, NULL));
+    CHECK(command_is("ping\n", COMMAND_PING, NULL));
+    CHECK(command_is("ping\r\n", COMMAND_PING, NULL));
+    CHECK(command_is("ping\n\n", COMMAND_OTHER, NULL));
+    CHECK(command_is("ping ", COMMAND_OTHER, NULL));
+    CHECK(command_is("PING", COMMAND_OTHER, NULL));
+    CHECK(command_is("pin", COMMAND_OTHER, NULL));
+    CHECK(command_is("", COMMAND_OTHER, NULL));
+    CHECK(command_is("\n", COMMAND_OTHER, NULL));
+    CHECK(command_is("whoami", COMMAND_WHOAMI, NULL));
+    CHECK(command_is("stats", COMMAND_STATS, NULL));
+    CHECK(command_is("echo a b", COMMAND_ECHO, "a b"));
+    CHECK(command_is("echo  a ", COMMAND_ECHO, " a "));
+    CHECK(command_is("echo a\n", COMMAND_ECHO, "a"));
+    CHECK(command_is("echo", COMMAND_OTHER, NULL));
+    CHECK(command_is("echo ", COMMAND_OTHER, NULL));
+    CHECK(command_is("echoes", COMMAND_OTHER, NULL));
+    CHECK(command_is("bc x", COMMAND_BC, "x"));
+    CHECK(command_is("bc", COMMAND_OTHER, NULL));
+}
+
+static int options(struct options *o, dtls_error *err, const char *line)
+{
+    static char copy[512];
+    static char *argv[32];
+    int argc = 0;
+    snprintf(copy, sizeof copy, "dtls %s", line);
+    for (char *word = strtok(copy, " "); word && argc < 31; word = strtok(NULL, " "))
+        argv[argc++] = word;
+    argv[argc] = NULL;
+    return options_parse(o, argc, argv, err);
+}
+
+static void test_options(void)
+{
+    struct options o;
+    dtls_error err;
+    CHECK(options(&o, &err, "server --mtu 1280 127.0.0.1:1 --idle-timeout=0 [::1]:2 -v") == 0);
+    CHECK(o.server && o.mtu == 1280 && o.idle_timeout_ms == DTLS_NEVER && o.addrs_len == 2 && o.level == DTLS_LOG_DEBUG);
+    CHECK(strcmp(o.addrs[0], "127.0.0.1:1") == 0 && strcmp(o.addrs[1], "[::1]:2") == 0);
+    CHECK(options(&o, &err, "client --keepalive 0.5 --name x localhost:1") == 0 && o.keepalive_ms == 500);
+    CHECK(options(&o, &err, "client --keepalive .0001 a:1") == 0 && o.keepalive_ms == 1);
+    CHECK(options(&o, &err, "--help") == 0 && o.help);
+    CHECK(options(&o, &err, "--version") == 0 && o.version);
+    CHECK(options(&o, &err, "client -- -odd:1") == 0 && strcmp(o.addrs[0], "-odd:1") == 0);
+    const char *const bad[] = {"",
+                               "serve 127.0.0.1:1",
+                               "server",
+                               "client",
+                               "client a:1 b:2",
+                               "server --nonsense a:1",
+                               "server -x a:1",
+                               "server --mtu",
+                               "server --mtu 255 a:1",
+                               "server --mtu 1e3 a:1",
+                               "server --mtu= a:1",
+                               "server --max-clients 0 a:1",
+                               "server --idle-timeout -1 a:1",
+                               "server --idle-timeout nan a:1",
+                               "server --idle-timeout inf a:1",
+                               "server --idle-timeout 1x a:1",
+                               "server --certs= a:1",
+                               "server --a-very-long-option-name-that-nobody-has=1 a:1"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        CHECK(options(&o, &err, bad[i]) < 0 && err.text[0]);
+}
+
+static void test_editor_keys(void)
+{
+    const struct {
+        const char *bytes;
+        size_t n, expected;
+    } keys[] = {{"a", 1, 1},        {"\xc3\xa4", 2, 2}, {"\xc3", 1, 0},      {"\xc3" "a", 2, 1}, {"\xe2\x82\xac", 3, 3},
+                {"\xf0\x9f", 2, 0}, {"\033", 1, 0},     {"\033[A", 3, 3},    {"\033[", 2, 0},    {"\033[200~x", 7, 6},
+                {"\033OA", 3, 3},   {"\033O", 2, 0},    {"\033f", 2, 2},     {"\033\033", 2, 1}, {"\x80", 1, 1}};
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+        CHECK(editor_key_length((const unsigned char *)keys[i].bytes, keys[i].n) == keys[i].expected);
+}
+
+static void test_greeting(void)
+{
+    CHECK(is_greeting("hello, 127.0.0.1:1", 18) && is_greeting("hello, [::1]:1", 14));
+    CHECK(!is_greeting("hello, ", 7) && !is_greeting("hello, you", 10) && !is_greeting("hell", 4));
+}
+
+int main(int argc, char **argv)
+{
+    const struct {
+        const char *name;
+        void (*run)(void);
+    } tests[] = {{"addresses", test_addresses},
+                 {"address forms", test_address_forms},
+                 {"siphash", test_siphash},
+                 {"timer heap", test_timer_heap},
+                 {"timers", test_timers},
+                 {"descriptors freed in callbacks", test_watches},
+                 {"posts from another thread", test_posts},
+                 {"signals", test_signals},
+                 {"loop in a callback", test_loop_nesting},
+                 {"bio", test_bio},
+                 {"record headers", test_records},
+                 {"guard", test_guard},
+                 {"cookies", test_cookies},
+                 {"connection table", test_table},
+                 {"send queue", test_backlog},
+                 {"configuration", test_config},
+                 {"commands", test_commands},
+                 {"options", test_options},
+                 {"editor keys", test_editor_keys},
+                 {"greeting", test_greeting}};
+    if (argc != 2)
+        return 2;
+    certs = argv[1];
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
+        int before = failed;
+        test_name = tests[i].name;
+        tests[i].run();
+        done(before);
+    }
+    printf("# unit: %d checks\n", checked);
+    return failed > 0;
+}
