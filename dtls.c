@@ -3316,6 +3316,12 @@ static size_t editor_key_length(const unsigned char *p, size_t n)
     return n > 64 ? n : 0;
 }
 
+/* Function keys and the marks around a paste, ESC [ and at least two digits: libedit knows none and would type their tail. */
+static bool editor_unknown_key(const unsigned char *p, size_t n)
+{
+    return n > 4 && p[0] == 27 && p[1] == '[' && p[n - 1] == '~' && isdigit(p[2]) && isdigit(p[3]);
+}
+
 /* Bound to a key that no keyboard has: empties line and prompt, so that libedit erases exactly what it drew. */
 static unsigned char editor_erase(EditLine *el, wint_t c)
 {
@@ -3386,20 +3392,9 @@ static void editor_fresh(struct editor *e)
     el_set(e->el, EL_UNBUFFERED, 1);
 }
 
-static void editor_remember(struct editor *e, const wchar_t *line)
-{
-    HistEventW ev;
-    for (int r = history_w(e->history, &ev, H_FIRST); r == 0; r = history_w(e->history, &ev, H_NEXT)) {
-        if (wcscmp(ev.str, line) == 0) {
-            history_w(e->history, &ev, H_DEL, ev.num);
-            break;
-        }
-    }
-    history_w(e->history, &ev, H_ENTER, line);
-}
-
 static void editor_entered(struct editor *e, const wchar_t *wide, int n)
 {
+    HistEventW ev;
     wchar_t *line = calloc((size_t)n, sizeof *line); /* n counts the newline: room for the end */
     if (!line)
         return;
@@ -3408,7 +3403,7 @@ static void editor_entered(struct editor *e, const wchar_t *wide, int n)
     char *text = bytes != (size_t)-1 ? malloc(bytes + 1) : NULL;
     if (text && bytes > 0) {
         wcstombs(text, line, bytes + 1);
-        editor_remember(e, line);
+        history_w(e->history, &ev, H_ENTER, line);
     }
     editor_fresh(e);
     if (text && bytes > 0)
@@ -3428,6 +3423,8 @@ static void editor_feed(struct editor *e)
         }
         e->key = at;
         at = e->key_end = at + len;
+        if (editor_unknown_key(e->in + e->key, len))
+            continue;
         int n = 0;
         const wchar_t *line = el_wgets(e->el, &n);
         if (line && n > 0 && line[n - 1] == L'\n')
@@ -3490,6 +3487,7 @@ static bool editor_open(struct editor *e)
         return false;
     }
     history_w(e->history, &ev, H_SETSIZE, 500);
+    history_w(e->history, &ev, H_SETUNIQUE, 1); /* the same line twice in a row is kept once */
     el_set(e->el, EL_CLIENTDATA, e);
     el_set(e->el, EL_SIGNAL, 0);
     el_wset(e->el, EL_GETCFN, editor_getc);

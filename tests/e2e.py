@@ -301,9 +301,13 @@ class Proc:
     def transcript(self):
         return self.err.text + self.out.text
 
-    def details(self):
+    def headline(self):
         status = self.process.poll()
-        yield f"{self.title}: {' '.join(self.argv)} ({'running' if status is None else f'status {status}'})"
+        command = " ".join("..." if "\n" in word else word for word in self.argv)
+        return f"{self.title}: {command} ({'running' if status is None else f'status {status}'})"
+
+    def details(self):
+        yield self.headline()
         for name, output, limit in (("err", self.err, 40 if SANITIZER.search(self.err.text) else 15),
                                     ("out", self.out, 8)):
             lines = output.lines()
@@ -442,8 +446,7 @@ class Term(Proc):
         os.close(self.master)
 
     def details(self):
-        status = self.process.poll()
-        yield f"{self.title}: {' '.join(self.argv)} ({'running' if status is None else f'status {status}'})"
+        yield self.headline()
         with self.out.changed:
             rows = self.screen.history()
             cursor = f"column {self.screen.x} of row {len(self.screen.gone) + self.screen.y}"
@@ -970,7 +973,7 @@ def unreadable_keys_and_certificates(t):
         (["--cert", garbage], r"garbage\.pem"),
         (["--ca", garbage], r"garbage\.pem"),
         (["--cert", client.pem, "--key", encrypted], "encrypted"),
-        (["--cert", client.pem, "--key", server.key], "not the key"),
+        (["--cert", client.pem, "--key", server.key], "match|not the key"),
         (authority.expired("old").options, "expired"),
         (authority.issue("early", start="20400101000000Z", end="20410101000000Z").options, "not (yet )?valid"),
     ]
@@ -1696,7 +1699,7 @@ while True:
         sys.exit(os.waitstatus_to_exitcode(status))
     os.tcsetpgrp(0, os.getpgrp())
     flags = termios.tcgetattr(0)[3]
-    print("stopped,", "cooked" if flags & termios.ICANON and flags & termios.ECHO else "raw", flush=True)
+    print("stopped,", "cooked" if flags & termios.ICANON and flags & termios.ECHO else "raw", end="\\n$ ", flush=True)
     sys.stdin.readline()
     os.tcsetpgrp(0, job)
     os.kill(job, signal.SIGCONT)
@@ -1713,6 +1716,7 @@ def terminal_stops_on_ctrl_z_and_comes_back(t):
         term.prompts("echo half")
         term.type("\x1a")
         term.shows("stopped, cooked", nth)
+        term.shows("$")
         other.send(f"bc while it is stopped {nth}")
         term.type("fg\r")
         term.shows(f"while it is stopped {nth}")

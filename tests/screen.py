@@ -45,10 +45,10 @@ class Row:
 
     def written(self):
         """Without the end that nothing was written to: a wide character may not have fitted there."""
-        end = len(self.cells)
-        while end and self.cells[end - 1] is None:
-            end -= 1
-        return self.text()[:len(self.text()) - (len(self.cells) - end)]
+        cells = list(self.cells)
+        while cells and cells[-1] is None:
+            cells.pop()
+        return "".join(" " if cell is None else cell for cell in cells)
 
 
 class Screen:
