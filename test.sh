@@ -3,7 +3,7 @@
 # The last line counts the results; the exit status is 1 if anything failed, or if nothing passed.
 set -u
 cd "$(dirname -- "$0")" || exit 1
-programs='library unit memory dropin e2e'
+programs='library unit memory loops threads dropin e2e'
 limit_s=300 # for each program
 
 [ "${1-}" != all ] || shift
@@ -42,11 +42,11 @@ wanted() { # program
     case " $programs " in *" $1 "*) ;; *) return 1 ;; esac
 }
 
-build() { # file, compiler arguments...
-    file=tests/build/$1
-    shift
+build() { # file, sanitizer flags, compiler arguments...
+    file=tests/build/$1 flags=$2
+    shift 2
     rm -f "$file"
-    $cc $sanitize -I. -o "$file" "$@" >"$file.log" 2>&1 &
+    $cc $flags -I. -o "$file" "$@" >"$file.log" 2>&1 &
     children="$children $!"
 }
 
@@ -74,10 +74,11 @@ sh tests/setup.sh test || {
 
 cc=${CC:-cc}
 sanitize='-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1'
+races='-fsanitize=thread -g -O1' # the same test that loops is, since no program can have both sanitizers
 leaks=1
 echo 'int main(void) { return 0; }' >"$scratch/try.c"
 if ! { $cc $sanitize -o "$scratch/try" "$scratch/try.c" && ASAN_OPTIONS=detect_leaks=0 "$scratch/try"; } 2>/dev/null; then
-    sanitize='-g -O1'
+    sanitize='-g -O1' races='-g -O1'
     say 'skip - sanitizers: not with this compiler'
 elif ! ASAN_OPTIONS=detect_leaks=1 "$scratch/try" 2>/dev/null; then
     leaks=0
@@ -92,9 +93,11 @@ export CERTS_DIR="$scratch/certs"
 mkdir -p tests/build
 libssl=$(pkg-config --cflags --libs openssl 2>/dev/null) || libssl='-lssl -lcrypto'
 libedit=$(pkg-config --cflags --libs libedit 2>/dev/null) || libedit=-ledit
-if wanted unit; then build unit tests/unit.c -pthread $libssl $libedit; fi
-if wanted memory; then build memory tests/memory.c dtls.c -pthread $libssl; fi
-if wanted dropin || wanted e2e; then build dtls -DDTLS_MAIN dtls.c $libssl $libedit; fi
+if wanted unit; then build unit "$sanitize" tests/unit.c -pthread $libssl $libedit; fi
+if wanted memory; then build memory "$sanitize" tests/memory.c dtls.c -pthread $libssl; fi
+if wanted loops; then build loops "$sanitize" tests/loops.c dtls.c -pthread $libssl; fi
+if wanted threads; then build threads "$races" tests/loops.c dtls.c -pthread $libssl; fi
+if wanted dropin || wanted e2e; then build dtls "$sanitize" -DDTLS_MAIN dtls.c $libssl $libedit; fi
 wait
 children=
 sh certs/certs.sh all >"$scratch/certs.log" 2>&1 || {
@@ -105,6 +108,8 @@ sh certs/certs.sh all >"$scratch/certs.log" 2>&1 || {
 run library '' sh tests/library.sh
 run unit tests/build/unit tests/build/unit "$CERTS_DIR"
 run memory tests/build/memory tests/build/memory "$CERTS_DIR"
+run loops tests/build/loops tests/build/loops "$CERTS_DIR"
+run threads tests/build/threads tests/build/threads "$CERTS_DIR"
 run dropin tests/build/dtls sh tests/dropin.sh
 run e2e tests/build/dtls python3 tests/e2e.py
 finish

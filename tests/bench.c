@@ -1,7 +1,7 @@
 /* bench.c - what the server costs, each figure beside the least it could cost. Linux only; started by bench.sh.
  *
- * Two processes that run at the same time share caches, memory and often the core itself, so a figure counts only
- * beside another one taken under the same load, minutes of the same machine's life apart at most. Hence:
+ * What runs on one core slows down what runs on the other, by up to 40 %, and machines have good and bad minutes. So a
+ * figure means something only beside another one, taken under the same load at nearly the same time. Hence:
  *
  * - The server under test runs alone on core 0. This program, the load, runs on core 1 and never sleeps, so that core 0
  *   always has an equally busy neighbour and never pays for waking somebody up.
@@ -1011,7 +1011,7 @@ static struct server server_start(char **command)
     argv[argc] = NULL;
     server.pid = child_start(SERVER_CORE);
     if (server.pid == 0) {
-        /* What it logs is part of its cost; where that goes is not. It keeps standard error to tell us why it fails. */
+        /* It keeps standard error to say why it cannot start. */
         if (!freopen("/dev/null", "r", stdin) || !freopen("/dev/null", "w", stdout))
             _exit(1);
         execvp(argv[0], argv);
@@ -1366,6 +1366,7 @@ static bool bench_flood(struct plan *plan)
     flood_run(flood, plan->hellos - with_client);
     cpu = server_settled_cpu(server.pid) - cpu;
     answered = flood->answered - answered;
+    long growth = process_rss_kb(server.pid) - rss; /* real clients leave sessions behind: taken before they come */
 
     /* The rest of the flood with a client in it that connects and closes, over and over. */
     load->slots = 1;
@@ -1383,8 +1384,6 @@ static bool bench_flood(struct plan *plan)
             die("a real client cannot connect during the flood");
     }
     flood_run(flood, 0);
-    server_settled_cpu(server.pid);
-    long growth = process_rss_kb(server.pid) - rss;
     int shown = connects < ROUNDS_MAX ? connects : ROUNDS_MAX;
     double worst = 0;
     for (int i = 0; i < connects; i++)

@@ -41,7 +41,7 @@ if [ "$server" = program ] && ! $cc $cflags -DDTLS_MAIN -o $build/bench-dtls dtl
     server=library
 fi
 if [ "$server" = program ]; then
-    set -- ${1+"$1"} $CERTS_DIR $build/bench-dtls server {}
+    set -- ${1+"$1"} $CERTS_DIR $build/bench-dtls server -q --certs $CERTS_DIR {}
 else
     set -- ${1+"$1"} $CERTS_DIR $build/bench --serve $CERTS_DIR {}
 fi

@@ -5,6 +5,9 @@
  */
 #include "../dtls.h"
 
+#include <openssl/err.h>
+#include <openssl/pem.h>
+#include <openssl/ssl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,6 +29,7 @@ struct side {
     char last[64];
     size_t last_len;
     int echo;
+    void (*inside)(struct side *s, dtls_conn *conn, dtls_event event); /* what else a test does in the callback */
 };
 
 static struct datagram wire[WIRE_MAX]; /* a transport must not deliver from inside send: it queues */
@@ -83,6 +87,8 @@ static void on_event(dtls_conn *conn, dtls_event event, const void *data, size_t
             s->conn = NULL;
         break;
     }
+    if (s->inside)
+        s->inside(s, conn, event);
 }
 
 /* Carries datagrams until none is left. */
@@ -233,7 +239,6 @@ static void test_resumption(void)
     wait_for(&client.connected, 2);
     dtls_conn_info(server.conn, &info);
     check(info.resumed && strcmp(info.peer_name, "client") == 0, "resumption keeps the peer's identity");
-    extern void SSL_SESSION_free(struct ssl_session_st *);
     SSL_SESSION_free(session);
     stop();
 }
@@ -268,6 +273,212 @@ static void test_restart(void)
     stop();
 }
 
+/* ---- callbacks that end things ---- */
+
+static dtls_event end_at;
+
+static void close_own(struct side *s, dtls_conn *conn, dtls_event event)
+{
+    (void)s;
+    if (event == end_at) {
+        dtls_conn_close(conn);
+        dtls_conn_close(conn);
+    }
+}
+
+static void free_own_endpoint(struct side *s, dtls_conn *conn, dtls_event event)
+{
+    if (event == end_at) {
+        dtls_endpoint_free(dtls_conn_endpoint(conn));
+        s->ep = NULL;
+        if (dtls_conn_send(conn, "late", 4) != DTLS_ERR_STATE) /* still in memory until the turn ends */
+            failed = 1;
+    }
+}
+
+static void connect_again(struct side *s, dtls_conn *conn, dtls_event event)
+{
+    (void)conn;
+    if (event == DTLS_EV_CLOSED && s->closed == 1)
+        connect_client(NULL);
+}
+
+static void test_endings(void)
+{
+    static const struct {
+        dtls_event at;
+        const char *name;
+    } cases[] = {{DTLS_EV_CONNECTED, "connected"}, {DTLS_EV_MESSAGE, "message"}, {DTLS_EV_IDLE, "idle"},
+                 {DTLS_EV_CLOSED, "closed"}};
+    void (*const how[])(struct side *, dtls_conn *, dtls_event) = {close_own, free_own_endpoint};
+    const dtls_config idle = {.idle_ms = 20, .idle_timeout_ms = 100};
+    for (int h = 0; h < 2; h++) {
+        for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+            char name[96];
+            start(idle, idle);
+            end_at = cases[i].at;
+            server.inside = how[h];
+            server.echo = 0;
+            connect_client(NULL);
+            wait_for(&client.connected, 1);
+            if (client.conn)
+                dtls_conn_send(client.conn, "x", 1);
+            int good = wait_for(&server.closed, 1) && wait_for(&client.closed, 1) && server.closed == 1;
+            snprintf(name, sizeof name, "%s in the callback for %s", h ? "endpoint freed" : "connection closed",
+                     cases[i].name);
+            check(good && (!h || server.ep == NULL), name);
+            stop();
+        }
+    }
+    start((dtls_config){0}, (dtls_config){0});
+    client.inside = connect_again;
+    connect_client(NULL);
+    wait_for(&client.connected, 1);
+    dtls_conn_close(client.conn);
+    check(wait_for(&client.connected, 2), "connecting again in the callback for closed");
+    stop();
+}
+
+/* ---- what others send ---- */
+
+/* A failed handshake elsewhere in the program leaves its errors in the thread's queue. */
+static void poison(struct side *s, dtls_conn *conn, dtls_event event)
+{
+    (void)s, (void)conn, (void)event;
+    BIO *empty = BIO_new(BIO_s_mem());
+    if (PEM_read_bio_X509(empty, NULL, NULL, NULL))
+        failed = 1;
+    BIO_free(empty);
+}
+
+static void test_poisoned_queue(void)
+{
+    start((dtls_config){0}, (dtls_config){0});
+    server.inside = client.inside = poison;
+    poison(NULL, NULL, DTLS_EV_IDLE);
+    dtls_conn *c = connect_client(NULL);
+    wait_for(&client.connected, 1);
+    wait_for(&server.connected, 1);
+    for (int i = 0; i < 3; i++)
+        dtls_conn_send(c, "hello", 5);
+    check(wait_for(&client.messages, 3) && !client.closed && !server.closed, "errors others left in OpenSSL's queue");
+    ERR_clear_error();
+    stop();
+}
+
+static void forge(struct side *to, const void *data, size_t len)
+{
+    int server_side = to == &server;
+    dtls_endpoint_input(to->ep, data, len, server_side ? &client_addr : &server_addr,
+                        server_side ? &server_addr : &client_addr);
+}
+
+/* openssl/openssl#25290 and its like: each of these would end a connection that OpenSSL alone looks after. */
+static void forge_all(struct side *to)
+{
+    unsigned char r[64] = {23, 0xfe, 0xfd, 0, 1, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0};
+    for (unsigned type = 19; type < 26; type++) {
+        for (unsigned epoch = 0; epoch < 3; epoch++) {
+            for (unsigned len = 0; len < 50; len++) {
+                r[0] = (unsigned char)type;
+                r[4] = (unsigned char)epoch;
+                r[12] = (unsigned char)len;
+                if (epoch == 0 && type == 21)
+                    r[13] = 2; /* fatal */
+                forge(to, r, 13 + len);
+                forge(to, r, 13 + len / 2); /* cut short */
+                r[13] = 0;
+            }
+        }
+    }
+    for (unsigned len = 0; len < 14; len++)
+        forge(to, r, len);
+}
+
+static int forging(const struct datagram *d)
+{
+    static int busy;
+    if (!busy) {
+        busy = 1;
+        forge_all(d->to.port == server_addr.port ? &server : &client);
+        busy = 0;
+    }
+    return 0;
+}
+
+static void test_forgeries(void)
+{
+    dtls_counters n;
+    start((dtls_config){0}, (dtls_config){0});
+    wire_drop = forging; /* before each real datagram */
+    dtls_conn *c = connect_client(NULL);
+    check(wait_for(&client.connected, 1) && wait_for(&server.connected, 1), "handshake among forged datagrams");
+    for (int i = 0; i < 5; i++) {
+        dtls_conn_send(c, "alive", 5);
+        wait_for(&client.messages, i + 1);
+    }
+    check(client.messages == 5 && !client.closed && !server.closed, "connection among forged datagrams");
+    dtls_endpoint_counters(server.ep, &n);
+    check(n.dropped[DTLS_DROP_SHORT] && n.dropped[DTLS_DROP_EPOCH] && n.dropped[DTLS_DROP_MALFORMED] &&
+              n.dropped[DTLS_DROP_ALERT] && n.dropped[DTLS_DROP_DATA] && n.dropped[DTLS_DROP_HANDSHAKE],
+          "every kind is counted");
+    stop();
+}
+
+/* ---- limits ---- */
+
+static void connect_from(uint16_t port)
+{
+    dtls_addr was = client_addr;
+    client_addr.port = port;
+    connect_client(NULL);
+    client_addr = was;
+}
+
+static int drop_to_clients_after_cookie(const struct datagram *d)
+{
+    return d->to.port != server_addr.port && d->data[13] != 3; /* only HelloVerifyRequests get through */
+}
+
+static void test_limits(void)
+{
+    dtls_counters n;
+    start((dtls_config){.max_conns = 2}, (dtls_config){.handshake_timeout_ms = 300});
+    for (uint16_t i = 0; i < 3; i++)
+        connect_from((uint16_t)(6000 + i));
+    wait_for(&server.connected, 2);
+    wait_for(&client.closed, 1);
+    dtls_endpoint_counters(server.ep, &n);
+    check(server.connected == 2 && client.closed == 1 && n.conns == 2 && n.dropped[DTLS_DROP_LIMIT] > 0,
+          "no more connections than max_conns");
+    dtls_conn_close(client.conn);
+    wait_for(&server.closed, 1);
+    connect_from(6009);
+    check(wait_for(&server.connected, 3), "one leaves, one gets in");
+    stop();
+
+    start((dtls_config){.max_handshakes = 3, .handshake_timeout_ms = 200}, (dtls_config){.handshake_timeout_ms = 100});
+    wire_drop = drop_to_clients_after_cookie;
+    for (uint16_t i = 0; i < 30; i++) { /* ten times the limit, none of them completes */
+        connect_from((uint16_t)(7000 + i));
+        deliver();
+        dtls_endpoint_counters(server.ep, &n);
+        if (n.handshakes > 3)
+            failed = 1;
+        wait_for(&client.closed, i + 1);
+    }
+    for (int i = 0; i < 200 && n.handshakes > 0; i++) {
+        dtls_loop_poll(loop, 5);
+        dtls_endpoint_counters(server.ep, &n);
+    }
+    wire_drop = NULL;
+    wire_len = 0;
+    check(n.handshakes == 0 && n.conns == 0 && n.handshakes_failed >= 3, "handshakes that stop leave at the deadline");
+    connect_from(8000);
+    check(wait_for(&server.connected, 1), "and a good one still gets in");
+    stop();
+}
+
 int main(int argc, char **argv)
 {
     if (argc != 2)
@@ -280,5 +491,9 @@ int main(int argc, char **argv)
     test_resumption();
     test_idle();
     test_restart();
+    test_endings();
+    test_poisoned_queue();
+    test_forgeries();
+    test_limits();
     return failed;
 }
