@@ -432,6 +432,14 @@ static int fail(dtls_error *err, int code, const char *format, ...)
     return code;
 }
 
+/* All connections of a thread share OpenSSL's error queue: an entry left there turns the next one's WANT_READ into a fatal
+ * error. Looking first is a tenth of an echo cheaper than clearing an empty queue on 3.0. */
+static void errors_clear(void)
+{
+    if (ERR_peek_error())
+        ERR_clear_error();
+}
+
 const char *dtls_version(void)
 {
     return DTLS_C_VERSION;
@@ -1422,6 +1430,8 @@ enum {
     COOKIE_BYTES = 16, /* keeps a HelloVerifyRequest (44 bytes) below any ClientHello */
     COOKIE_SECRET = 32,
     HINT_GRACE_MS = 3000, /* silence that makes an unauthenticated refusal credible */
+    STALL_MS = 4000,      /* a client's handshake stands still for so long: it begins anew; doubled each time */
+    RESTARTS_MAX = 5,     /* after failures; stalls are bounded by the deadline */
     QUIET_MS = 1000,      /* no traffic for so long: libssl's record buffers, 33 KB, go back */
     MTU_FALLBACK_1 = 1280,
     MTU_FALLBACK_2 = 576,
@@ -1457,13 +1467,16 @@ struct dtls_conn {
     size_t in_len;
     bool in_renumber, in_peek;
     uint64_t in_sequence; /* next number for a renumbered record */
-    unsigned early, fallbacks;
+    unsigned early, fallbacks, restarts;
     bool output; /* libssl wrote a datagram since this was cleared */
 
     uint8_t hello_random[HELLO_RANDOM];
     size_t overhead;
     int64_t started, deadline; /* microseconds, as all times here */
     int64_t hint_at;           /* when somebody claimed that the peer refuses us; 0: nobody */
+    OSSL_HANDSHAKE_STATE step; /* of libssl's handshake, and since when */
+    int64_t step_at;
+    SSL_SESSION *session;      /* a client's to resume, while in handshake */
     bool heard;                /* a plausible record came */
     bool buffers, used;        /* libssl's record buffers are there; were used since the timer last looked */
     int64_t last_in, idle_raised;
@@ -1564,6 +1577,17 @@ static void guard_hint(dtls_conn *c, const char *format, const char *what)
     snprintf(c->hint, sizeof c->hint, format, what);
 }
 
+/* An alert that means no; others say that a message came damaged, after which a client begins anew. */
+static bool guard_refusal(unsigned level, unsigned alert, bool server)
+{
+    static const unsigned damage[] = {SSL_AD_UNEXPECTED_MESSAGE, SSL_AD_BAD_RECORD_MAC, SSL_AD_ILLEGAL_PARAMETER,
+                                      SSL_AD_DECODE_ERROR, SSL_AD_DECRYPT_ERROR};
+    for (size_t i = 0; !server && i < sizeof damage / sizeof *damage; i++)
+        if (alert == damage[i])
+            return false;
+    return level == SSL3_AL_FATAL || alert == SSL_AD_CLOSE_NOTIFY;
+}
+
 /* What may pass in a handshake. The attacks that each line stops are tried in the tests. */
 static int guard_in_handshake(dtls_conn *c, const struct record *r)
 {
@@ -1572,7 +1596,7 @@ static int guard_in_handshake(dtls_conn *c, const struct record *r)
         case TYPE_DATA:
             return DTLS_DROP_DATA;
         case TYPE_ALERT:
-            if (r->body_len == 2 && (r->body[0] == SSL3_AL_FATAL || r->body[1] == SSL_AD_CLOSE_NOTIFY))
+            if (r->body_len == 2 && guard_refusal(r->body[0], r->body[1], c->server))
                 guard_hint(c, "refused by the peer: %s", SSL_alert_desc_string_long(r->body[1]));
             return DTLS_DROP_ALERT;
         case TYPE_CCS:
@@ -1741,14 +1765,31 @@ static int conn_output(dtls_conn *c, const void *data, size_t len)
 }
 
 static void conn_timer(void *user);
+static void conn_drive(dtls_conn *c);
 
 static void conn_destroy(struct object *o)
 {
     dtls_conn *c = (dtls_conn *)o;
     timer_done(c->loop, &c->timer);
+    SSL_SESSION_free(c->session);
     SSL_free(c->ssl);
-    ERR_clear_error();
+    errors_clear();
     free(c);
+}
+
+static SSL *conn_ssl_new(dtls_conn *c)
+{
+    BIO *bio = BIO_new(c->ep->bio_method);
+    SSL *ssl = bio ? SSL_new(c->ep->ctx) : NULL;
+    if (!ssl) {
+        BIO_free(bio);
+        return NULL;
+    }
+    BIO_set_data(bio, c);
+    BIO_set_init(bio, 1);
+    SSL_set_bio(ssl, bio, bio);
+    DTLS_set_timer_cb(ssl, conn_retransmit_us);
+    return ssl;
 }
 
 /* A connection in its handshake, not yet in the table. */
@@ -1763,18 +1804,11 @@ static dtls_conn *conn_new(dtls_endpoint *ep, bool server)
         free(c);
         return NULL;
     }
-    BIO *bio = BIO_new(ep->bio_method);
-    c->ssl = bio ? SSL_new(ep->ctx) : NULL;
-    if (!c->ssl) {
-        BIO_free(bio);
-        conn_destroy(&c->object);
-        return NULL;
-    }
-    BIO_set_data(bio, c);
-    BIO_set_init(bio, 1);
-    SSL_set_bio(c->ssl, bio, bio);
-    DTLS_set_timer_cb(c->ssl, conn_retransmit_us);
-    return c;
+    c->ssl = conn_ssl_new(c);
+    if (c->ssl)
+        return c;
+    conn_destroy(&c->object);
+    return NULL;
 }
 
 static int64_t earlier(int64_t a, int64_t b)
@@ -1798,6 +1832,12 @@ static int64_t conn_dead_at(const dtls_conn *c)
     return ms == DTLS_NEVER ? INT64_MAX : c->last_in + ms * (int64_t)1000;
 }
 
+/* When a client's handshake counts as stalled. Before any answer there is nothing that a new start could change. */
+static int64_t conn_stalled_at(const dtls_conn *c)
+{
+    return c->server || !c->heard ? INT64_MAX : c->step_at + (STALL_MS * (int64_t)1000 << (c->restarts < 10 ? c->restarts : 10));
+}
+
 /* Sets the one timer to the earliest deadline. While open, deadlines only move later when messages come, so the timer is
  * left alone then and looks again when it fires. */
 static void conn_arm(dtls_conn *c)
@@ -1806,6 +1846,7 @@ static void conn_arm(dtls_conn *c)
     if (c->state == CONN_HANDSHAKE) {
         struct timeval left;
         at = c->deadline;
+        at = earlier(at, conn_stalled_at(c));
         if (c->hint_at)
             at = earlier(at, c->hint_at + HINT_GRACE_MS * (int64_t)1000);
         if (DTLSv1_get_timeout(c->ssl, &left)) {
@@ -1831,7 +1872,7 @@ static bool conn_need_buffers(dtls_conn *c)
     c->used = true;
     if (c->buffers)
         return true;
-    ERR_clear_error();
+    errors_clear();
     if (!SSL_alloc_buffers(c->ssl))
         return false;
     c->buffers = true;
@@ -1856,12 +1897,12 @@ static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, const
     snprintf(c->text, sizeof c->text, format, what);
     bool tell = reason == DTLS_CLOSE_LOCAL || reason == DTLS_CLOSE_PEER || reason == DTLS_CLOSE_IDLE;
     if (was == CONN_OPEN && tell && conn_need_buffers(c)) {
-        ERR_clear_error();
+        errors_clear();
         SSL_shutdown(c->ssl); /* close_notify, sent once; nothing waits for an answer */
     } else if (reason != DTLS_CLOSE_ERROR && reason != DTLS_CLOSE_VERIFY) {
         SSL_set_shutdown(c->ssl, SSL_SENT_SHUTDOWN | SSL_RECEIVED_SHUTDOWN); /* the session stays good for resumption */
     }
-    ERR_clear_error();
+    errors_clear();
     c->state = CONN_CLOSED;
     timer_stop(c->loop, &c->timer);
     ep_unlist(c);
@@ -1881,12 +1922,49 @@ static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, const
     loop_bury(c->loop, &c->object);
 }
 
-/* libssl gave up: find the words. */
+/* Plaintext handshake messages may arrive damaged or forged: the peer that stumbles over one forgets the handshake, and
+ * RFC 6347 has no way back. So a client begins anew, under the same deadline and from the same port; the server's cookie
+ * exchange lets it replace what is left of the first try. */
+static bool conn_restart(dtls_conn *c)
+{
+    SSL *old = c->ssl, *ssl = conn_ssl_new(c);
+    const char *name = SSL_get_servername(old, TLSEXT_NAMETYPE_host_name);
+    if (!ssl)
+        return false;
+    SSL_set_connect_state(ssl);
+    if (SSL_set1_param(ssl, SSL_get0_param(old)) != 1 || (name && SSL_set_tlsext_host_name(ssl, name) != 1) ||
+        (c->session && SSL_set_session(ssl, c->session) != 1)) {
+        SSL_free(ssl);
+        return false;
+    }
+    SSL_free(old);
+    c->ssl = ssl;
+    c->in = NULL;
+    c->restarts++;
+    c->early = c->fallbacks = 0;
+    c->in_sequence = 0;
+    c->step = TLS_ST_BEFORE;
+    conn_drive(c);
+    return true;
+}
+
+/* Whether a failure may come from a damaged message, and not from what the peers are or want. */
+static bool conn_may_restart(const dtls_conn *c, int reason)
+{
+    if (c->server || c->state != CONN_HANDSHAKE || c->restarts >= RESTARTS_MAX)
+        return false;
+    return reason != SSL_R_CERTIFICATE_VERIFY_FAILED ||
+           SSL_get_verify_result(c->ssl) == X509_V_ERR_CERT_SIGNATURE_FAILURE;
+}
+
+/* libssl gave up: once more, or find the words. */
 static void conn_fail(dtls_conn *c)
 {
     unsigned long e = ERR_peek_last_error();
     int reason = ERR_GET_REASON(e);
     const char *text = ERR_reason_error_string(e);
+    if (conn_may_restart(c, reason) && conn_restart(c))
+        return;
     if (ERR_GET_LIB(e) != ERR_LIB_SSL || !text)
         conn_end(c, DTLS_CLOSE_ERROR, "OpenSSL: %s", text ? text : "no reason given");
     else if (reason == SSL_R_CERTIFICATE_VERIFY_FAILED)
@@ -1895,7 +1973,7 @@ static void conn_fail(dtls_conn *c)
     else if (reason == SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE)
         conn_end(c, DTLS_CLOSE_VERIFY, "certificate refused: %s", "peer sent no certificate");
     else if (reason >= SSL_AD_REASON_OFFSET)
-        conn_end(c, DTLS_CLOSE_ERROR, "the peer's alert: %s", SSL_alert_desc_string_long(reason - SSL_AD_REASON_OFFSET));
+        conn_end(c, DTLS_CLOSE_ERROR, "the peer sent %s", text);
     else
         conn_end(c, DTLS_CLOSE_ERROR, "protocol error: %s", text);
 }
@@ -1935,8 +2013,10 @@ static void conn_open(dtls_conn *c)
     if (cert)
         conn_read_name(c, cert);
     X509_free(cert);
-    ERR_clear_error();
+    errors_clear();
 
+    SSL_SESSION_free(c->session);
+    c->session = NULL;
     c->overhead = conn_record_overhead(SSL_get_current_cipher(c->ssl));
     c->state = CONN_OPEN;
     c->last_in = loop_now(c->loop);
@@ -1952,17 +2032,21 @@ static void conn_open(dtls_conn *c)
     conn_raise(c, DTLS_EV_CONNECTED, NULL, 0);
 }
 
-static void conn_read(dtls_conn *c)
+/* Reads all there is; with `only` set, one record was given to an open connection, and a look whether more is buffered
+ * saves a second SSL_read. */
+static void conn_read(dtls_conn *c, bool only)
 {
     uint8_t message[DTLS_MESSAGE_MAX];
     while (c->state == CONN_OPEN) {
-        ERR_clear_error();
+        errors_clear();
         int n = SSL_read(c->ssl, message, sizeof message);
         if (n > 0) {
             c->last_in = c->loop->now;
             c->messages_in++;
             c->bytes_in += (uint64_t)n;
             conn_raise(c, DTLS_EV_MESSAGE, message, (size_t)n);
+            if (only && !c->in && c->state == CONN_OPEN && !SSL_has_pending(c->ssl))
+                return;
             continue;
         }
         int e = SSL_get_error(c->ssl, n);
@@ -1975,22 +2059,39 @@ static void conn_read(dtls_conn *c)
     }
 }
 
+static void conn_step(dtls_conn *c)
+{
+    OSSL_HANDSHAKE_STATE step = SSL_get_state(c->ssl);
+    if (step != c->step) {
+        c->step = step;
+        c->step_at = loop_now(c->loop);
+    }
+    conn_arm(c);
+}
+
 /* Lets libssl work until it wants more input. */
 static void conn_drive(dtls_conn *c)
 {
+    bool was_open = c->state == CONN_OPEN;
     if (c->state == CONN_HANDSHAKE) {
-        ERR_clear_error();
+        errors_clear();
         int r = SSL_do_handshake(c->ssl);
         int e = r == 1 ? SSL_ERROR_NONE : SSL_get_error(c->ssl, r);
         if (r == 1)
             conn_open(c);
         else if (e == SSL_ERROR_WANT_READ || e == SSL_ERROR_WANT_WRITE)
-            conn_arm(c);
+            conn_step(c);
         else
             conn_fail(c);
     }
-    if (c->state == CONN_OPEN)
-        conn_read(c);
+    if (c->state != CONN_OPEN)
+        return;
+    conn_read(c, was_open);
+    /* Given back now they leave no holes in the heap; a busy connection gets them again and keeps them. */
+    if (!was_open && c->state == CONN_OPEN && SSL_free_buffers(c->ssl)) {
+        c->buffers = false;
+        conn_arm(c);
+    }
 }
 
 static void conn_give(dtls_conn *c, const uint8_t *p, size_t n, bool renumber)
@@ -2057,7 +2158,9 @@ static void conn_handshake_timer(dtls_conn *c, int64_t now)
         conn_end(c, DTLS_CLOSE_REFUSED, "%s", c->hint);
         return;
     }
-    ERR_clear_error();
+    if (now < c->deadline && now >= conn_stalled_at(c) && conn_restart(c))
+        return;
+    errors_clear();
     long r = now >= c->deadline ? -1 : DTLSv1_handle_timeout(c->ssl);
     if (r >= 0) {
         c->ep->counters.retransmissions += r > 0;
@@ -2107,7 +2210,7 @@ int dtls_conn_send(dtls_conn *c, const void *data, size_t len)
     if (!conn_need_buffers(c)) {
         r = DTLS_ERR_AGAIN;
     } else {
-        ERR_clear_error();
+        errors_clear();
         int n = SSL_write(c->ssl, data, (int)len);
         int e = n > 0 ? SSL_ERROR_NONE : SSL_get_error(c->ssl, n);
         if (n > 0) {
@@ -2206,19 +2309,19 @@ static void ep_log(dtls_endpoint *ep, dtls_log level, const char *format, ...)
     ep->cfg.on_log(ep->cfg.user, level, line);
 }
 
-/* The connection table: chained, keyed by both addresses, since one peer may talk to two of ours from one port. */
+/* The connection table: chained, hashed by the peer's address and compared by both, since one peer may talk to two of ours
+ * from one port. */
 
-static size_t ep_slot(const dtls_endpoint *ep, const dtls_addr *peer, const dtls_addr *local)
+static size_t ep_slot(const dtls_endpoint *ep, const dtls_addr *peer)
 {
-    uint8_t key[2 * ADDR_PACKED];
+    uint8_t key[ADDR_PACKED];
     addr_pack(peer, key);
-    addr_pack(local, key + ADDR_PACKED);
     return (size_t)siphash(ep->hash_key, key, sizeof key) & (ep->table_size - 1);
 }
 
 static dtls_conn *ep_find(const dtls_endpoint *ep, const dtls_addr *peer, const dtls_addr *local)
 {
-    dtls_conn *c = ep->table_size ? ep->table[ep_slot(ep, peer, local)] : NULL;
+    dtls_conn *c = ep->table_size ? ep->table[ep_slot(ep, peer)] : NULL;
     while (c && !(dtls_addr_equal(&c->peer, peer) && dtls_addr_equal(&c->local, local)))
         c = c->hash_next;
     return c;
@@ -2234,7 +2337,7 @@ static int ep_grow(dtls_endpoint *ep)
     ep->table_size = old_size ? old_size * 2 : 64;
     for (size_t i = 0; i < old_size; i++) {
         for (dtls_conn *c = old[i], *next; c; c = next) {
-            size_t slot = ep_slot(ep, &c->peer, &c->local);
+            size_t slot = ep_slot(ep, &c->peer);
             next = c->hash_next;
             c->hash_next = table[slot];
             table[slot] = c;
@@ -2249,7 +2352,7 @@ static int ep_list(dtls_conn *c)
     dtls_endpoint *ep = c->ep;
     if (ep->counters.conns >= ep->table_size && ep_grow(ep) < 0)
         return DTLS_ERR_MEMORY;
-    size_t slot = ep_slot(ep, &c->peer, &c->local);
+    size_t slot = ep_slot(ep, &c->peer);
     c->hash_next = ep->table[slot];
     ep->table[slot] = c;
     c->prev = ep->last;
@@ -2262,7 +2365,7 @@ static int ep_list(dtls_conn *c)
 static void ep_unlist(dtls_conn *c)
 {
     dtls_endpoint *ep = c->ep;
-    dtls_conn **at = &ep->table[ep_slot(ep, &c->peer, &c->local)];
+    dtls_conn **at = &ep->table[ep_slot(ep, &c->peer)];
     while (*at != c)
         at = &(*at)->hash_next;
     *at = c->hash_next;
@@ -2309,12 +2412,13 @@ static int cookie_generate(SSL *ssl, unsigned char *cookie, unsigned *len)
 static int cookie_verify(SSL *ssl, const unsigned char *cookie, unsigned len)
 {
     dtls_conn *c = conn_of(ssl);
-    uint8_t good[2][COOKIE_BYTES];
-    cookie_make(c, c->ep->secret[0], good[0]);
-    cookie_make(c, c->ep->secret[1], good[1]);
-    int one = CRYPTO_memcmp(cookie, good[0], len == COOKIE_BYTES ? COOKIE_BYTES : 0);
-    int two = CRYPTO_memcmp(cookie, good[1], len == COOKIE_BYTES ? COOKIE_BYTES : 0);
-    return len == COOKIE_BYTES && (one == 0 || two == 0);
+    uint8_t good[COOKIE_BYTES];
+    bool same = false;
+    for (int i = 0; i < 2 && !same && len == COOKIE_BYTES; i++) {
+        cookie_make(c, c->ep->secret[i], good);
+        same = CRYPTO_memcmp(cookie, good, COOKIE_BYTES) == 0;
+    }
+    return same;
 }
 
 /* A ClientHello: from a stranger, or from a live peer's address (a restarted client, or somebody who only writes that
@@ -2340,9 +2444,9 @@ static void ep_hello(dtls_endpoint *ep, struct udp *u, const struct record *r, c
     c->in = r->start; /* alone: OpenSSL 3.5 would work on what stands behind it in the datagram */
     c->in_len = r->size;
     cookie_rotate(ep);
-    ERR_clear_error();
+    errors_clear();
     int verified = DTLSv1_listen(c->ssl, ep->listen_addr);
-    ERR_clear_error();
+    errors_clear();
     c->in = NULL;
     if (verified <= 0) {
         if (c->output)
@@ -2506,12 +2610,13 @@ static int conn_start(dtls_conn *c, const dtls_target *t, dtls_error *err)
         return fail(err, DTLS_ERR_STATE, "%s: connected already", text);
     if (!conn_expect(c, t->name, &t->peer))
         return fail(err, DTLS_ERR_ARG, "%s: not a name to expect in a certificate", t->name ? t->name : text);
-    if (t->session && SSL_set_session(c->ssl, t->session) != 1)
+    if (t->session && (SSL_set_session(c->ssl, t->session) != 1 || SSL_SESSION_up_ref(t->session) != 1))
         return fail(err, DTLS_ERR_TLS, "%s: the session cannot be used here", text);
+    c->session = t->session;
     if (ep_list(c) < 0)
         return fail(err, DTLS_ERR_MEMORY, "out of memory");
     SSL_set_connect_state(c->ssl);
-    ERR_clear_error();
+    errors_clear();
     int r = SSL_do_handshake(c->ssl); /* the ClientHello; cannot be done before an answer */
     int e = SSL_get_error(c->ssl, r);
     if (e == SSL_ERROR_WANT_READ || e == SSL_ERROR_WANT_WRITE)
@@ -2546,7 +2651,7 @@ dtls_conn *dtls_endpoint_connect(dtls_endpoint *ep, const dtls_target *t, dtls_e
             c = NULL;
         }
     }
-    ERR_clear_error();
+    errors_clear();
     loop_leave(ep->loop);
     return c;
 }
@@ -2695,7 +2800,7 @@ static int ctx_load(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
     if (cfg->key_file) {
         if (ctx_readable(cfg->key_file, err) < 0)
             return DTLS_ERR_CERT;
-        ERR_clear_error();
+        errors_clear();
         if (SSL_CTX_use_PrivateKey_file(ctx, cfg->key_file, SSL_FILETYPE_PEM) != 1) {
             if (ERR_GET_LIB(ERR_peek_last_error()) == ERR_LIB_X509)
                 return fail(err, DTLS_ERR_CERT, "%s: the key does not match %s", cfg->key_file,
@@ -2790,9 +2895,9 @@ dtls_endpoint *dtls_endpoint_new(dtls_loop *l, const dtls_config *config, dtls_e
     }
     *ep = (dtls_endpoint){.object.destroy = ep_destroy, .loop = l, .cfg = *config};
     list_init(&ep->sockets);
-    ERR_clear_error();
+    errors_clear();
     int r = ep_setup(ep, err);
-    ERR_clear_error();
+    errors_clear();
     if (r < 0) {
         ep_destroy(&ep->object);
         return NULL;
@@ -3710,7 +3815,8 @@ static void client_try_next(struct client *cl)
                 dtls_timer_set(cl->next, STAGGER_MS);
             return;
         }
-        snprintf(cl->why, sizeof cl->why, "%.150s", err.text);
+        const char *reason = strstr(err.text, ": "); /* behind the address, which is told anyway */
+        snprintf(cl->why, sizeof cl->why, "%.150s", reason ? reason + 2 : err.text);
     }
 }
 
@@ -3792,14 +3898,17 @@ static void client_closed(struct client *cl, dtls_conn *c)
         client_failed(cl);
 }
 
+/* "hello, ADDR". A zone in it is the server's name of an interface, which means nothing here. */
 static bool is_greeting(const char *data, size_t len)
 {
     char text[DTLS_ADDR_TEXT];
     dtls_addr a;
     if (len <= 7 || len - 7 >= sizeof text || memcmp(data, "hello, ", 7) != 0)
         return false;
-    memcpy(text, data + 7, len - 7);
-    text[len - 7] = 0;
+    snprintf(text, sizeof text, "%.*s", (int)(len - 7), data + 7);
+    char *zone = strchr(text, '%'), *end = strchr(text, ']');
+    if (zone && end > zone)
+        memmove(zone, end, strlen(end) + 1);
     return dtls_addr_parse(&a, text, NULL) == 0;
 }
 

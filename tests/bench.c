@@ -226,7 +226,8 @@ static SSL_CTX *context_new(const SSL_METHOD *method, const char *who)
     snprintf(ca, sizeof ca, "%s/ca.pem", g_certs);
     SSL_CTX *ctx = SSL_CTX_new(method);
     if (!ctx || SSL_CTX_use_certificate_chain_file(ctx, cert) != 1 ||
-        SSL_CTX_use_PrivateKey_file(ctx, key, SSL_FILETYPE_PEM) != 1 || SSL_CTX_load_verify_locations(ctx, ca, NULL) != 1)
+        SSL_CTX_use_PrivateKey_file(ctx, key, SSL_FILETYPE_PEM) != 1 ||
+        SSL_CTX_load_verify_locations(ctx, ca, NULL) != 1)
         die("certificates of %s in %s", who, g_certs);
     SSL_CTX_set_min_proto_version(ctx, DTLS1_2_VERSION);
     SSL_CTX_set_max_proto_version(ctx, DTLS1_2_VERSION);
@@ -1254,7 +1255,8 @@ static void bench_memory(struct plan *plan)
     load_connect_all(load, CONNECTIONS, ECHO_CLIENTS);
     sleep_s(3);
     double each = (double)(process_rss_kb(server.pid) - start) / CONNECTIONS;
-    row("RSS per idle connection", text("%.1f KB", each), text("at start %ld KB", start), "", "<= 42 KB on OpenSSL 3.0");
+    row("RSS per idle connection", text("%.1f KB", each), text("at start %ld KB", start), "",
+        "<= 42 KB on OpenSSL 3.0");
     load_free(load);
     child_stop(server.pid);
 }
@@ -1297,8 +1299,8 @@ struct flood {
     struct batch in, out;
 };
 
-/* Sends as many hellos as the window allows, up to `limit` in all, and counts answers. Every hello comes from an address
- * of its own. An open loop would only measure how the kernel drops datagrams from a full socket buffer. */
+/* Sends as many hellos as the window allows, up to `limit` in all, and counts answers. Every hello comes from an
+ * address of its own. An open loop would only measure how the kernel drops datagrams from a full socket buffer. */
 static void flood_turn(struct flood *flood, uint64_t limit)
 {
     double now = now_s();
@@ -1393,7 +1395,8 @@ static bool bench_flood(struct plan *plan)
         text("RSS before it %ld KB", rss), "", "0");
     row("  per hello", text("%.2f us", cpu * 1e6 / (double)answered),
         text("%" PRIu64 " answered, %" PRIu64 " lost", flood->answered, flood->sent - flood->answered), "", "");
-    row("  bytes answered per byte received", "", text("%" PRIu64 " in, %" PRIu64 " out", flood->bytes_out, flood->bytes_in),
+    row("  bytes answered per byte received", "",
+        text("%" PRIu64 " in, %" PRIu64 " out", flood->bytes_out, flood->bytes_in),
         text("%.2f", (double)flood->bytes_in / (double)flood->bytes_out), "<= 1");
     row("  a real client connects meanwhile", text("%.1f ms", median(connect, shown) * 1e3),
         text("worst of %d: %.1f ms", connects, worst * 1e3), "", "it does");

@@ -36,7 +36,8 @@ sh certs/certs.sh all >/dev/null
 $cc $cflags -DBENCH_DTLS -o $build/bench tests/bench.c dtls.c $libssl
 server=${BENCH_SERVER:-program}
 # shellcheck disable=SC2086
-if [ "$server" = program ] && ! $cc $cflags -DDTLS_MAIN -o $build/bench-dtls dtls.c $libssl $libedit 2>$build/bench.log; then
+if [ "$server" = program ] &&
+    ! $cc $cflags -DDTLS_MAIN -o $build/bench-dtls dtls.c $libssl $libedit 2>$build/bench.log; then
     echo "bench.sh: the program does not build (see $build/bench.log), measuring the library" >&2
     server=library
 fi

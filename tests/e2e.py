@@ -641,6 +641,7 @@ FORGED = [
     record(HANDSHAKE, 0, 1 << 40, bytes(12)),  # far ahead in sequence: a HelloRequest
     record(HANDSHAKE, 0, 21, b"\x0b\xff\xff\xff\x00\x02\x00\x00\x00\xff\xff\xff"),  # longer than its record
     record(20, 0, 8, b"\x01"),
+    record(20, 0, 1 << 40, b"\x01"),
     record(99, 1, 10, bytes(40)),
     record(DATA, 1, 11, bytes(40), version=0x0303),
 ]
@@ -1545,7 +1546,8 @@ def long_rsa_chain_at_several_mtus(t):
 
 @test(slow=True)
 def mtu_black_hole(t):
-    server = t.server()
+    names = Authority.EVERYWHERE + "".join(f",DNS:host-number-{n}.example" for n in range(60))
+    server = t.server(*t.authority().issue("server", usage="serverAuth", names=names).options)
     relay = t.relay(server)
     relay.limit = 600
     client = t.client(relay)
@@ -1626,7 +1628,9 @@ def terminal_resize(t):
     for cols, rows in ((40, 24), (100, 30), (33, 10), (80, 24)):
         term.resize(cols, rows)
         term.prompts("echo " + text)
-        term.type("!")
+        term.type("\x01")  # ^A, ^E: to the start and back over every row, which needs to know their width
+        term.prompts("", "echo " + text)
+        term.type("\x05!")
         text += "!"
         term.prompts("echo " + text)
     term.type("\r")
@@ -1790,7 +1794,7 @@ def terminal_finds_a_restarted_server(t):
     term.restored()
 
 
-@test
+@test(slow=True)
 def terminal_backs_off(t):
     server = t.server()
     term = t.term(server)

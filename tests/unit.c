@@ -722,6 +722,7 @@ static void test_editor_keys(void)
 static void test_greeting(void)
 {
     CHECK(is_greeting("hello, 127.0.0.1:1", 18) && is_greeting("hello, [::1]:1", 14));
+    CHECK(is_greeting("hello, [fe80::1%nosuch0]:1", 26));
     CHECK(!is_greeting("hello, ", 7) && !is_greeting("hello, you", 10) && !is_greeting("hell", 4));
 }
 
