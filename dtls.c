@@ -1426,6 +1426,8 @@ enum {
     TYPE_HANDSHAKE = 22,
     TYPE_DATA = 23,
     CLIENT_HELLO = 1,
+    SERVER_HELLO = 2,
+    HELLO_VERIFY_REQUEST = 3,
 
     COOKIE_BYTES = 16, /* keeps a HelloVerifyRequest (44 bytes) below any ClientHello */
     COOKIE_SECRET = 32,
@@ -1467,7 +1469,8 @@ struct dtls_conn {
     size_t in_len;
     bool in_renumber, in_peek;
     uint64_t in_sequence; /* next number for a renumbered record */
-    unsigned early, fallbacks, restarts;
+    unsigned early, restarts, fallbacks;
+    int mtu; /* the link's, as far as known */
     bool output; /* libssl wrote a datagram since this was cleared */
 
     uint8_t hello_random[HELLO_RANDOM];
@@ -1478,6 +1481,8 @@ struct dtls_conn {
     int64_t step_at;
     SSL_SESSION *session;      /* a client's to resume, while in handshake */
     bool heard;                /* a plausible record came */
+    bool answered;             /* a client's first ClientHello was */
+    int64_t restart_at;        /* a client's SSL failed: when the next one takes over; 0: it did not */
     bool buffers, used;        /* libssl's record buffers are there; were used since the timer last looked */
     int64_t last_in, idle_raised;
     uint64_t messages_in, messages_out, bytes_in, bytes_out;
@@ -1496,6 +1501,9 @@ struct dtls_endpoint {
     BIO_ADDR *listen_addr; /* DTLSv1_listen insists on one */
     dtls_conn *spare;      /* answers ClientHellos; becomes the connection once a cookie proves right */
     bool listening, sending, closed;
+    uint8_t *flight; /* the datagram being packed while libssl writes a flight */
+    size_t flight_len;
+    bool packing;
     struct object sockets;
     dtls_conn *first, *last;
     dtls_conn **table;
@@ -1577,6 +1585,17 @@ static void guard_hint(dtls_conn *c, const char *format, const char *what)
     snprintf(c->hint, sizeof c->hint, format, what);
 }
 
+/* After a new start, what the server sent in the last handshake still arrives; a message of it that libssl keeps for later
+ * would spoil this one. Neither side can tell them apart, but only the right ones come in this order. */
+static bool guard_leftover(const dtls_conn *c, const struct record *r)
+{
+    unsigned type = r->body[0];
+    bool hello = type == SERVER_HELLO || type == HELLO_VERIFY_REQUEST;
+    if (c->server || r->type != TYPE_HANDSHAKE || SSL_get_state(c->ssl) != TLS_ST_CW_CLNT_HELLO)
+        return false;
+    return c->answered ? !hello && c->restarts > 0 : hello && load16(r->body + 4) != 0;
+}
+
 /* An alert that means no; others say that a message came damaged, after which a client begins anew. */
 static bool guard_refusal(unsigned level, unsigned alert, bool server)
 {
@@ -1602,7 +1621,7 @@ static int guard_in_handshake(dtls_conn *c, const struct record *r)
         case TYPE_CCS:
             return r->body_len == 1 && r->body[0] == 1 ? -1 : DTLS_DROP_HANDSHAKE;
         default:
-            return guard_handshake(r, c->server) ? -1 : DTLS_DROP_HANDSHAKE;
+            return guard_handshake(r, c->server) && !guard_leftover(c, r) ? -1 : DTLS_DROP_HANDSHAKE;
         }
     }
     if (r->epoch != 1)
@@ -1637,9 +1656,10 @@ static bool guard_client_hello(const uint8_t *p, size_t n, struct record *r)
            r->body_len >= HANDSHAKE_HEADER + 2 + HELLO_RANDOM && r->body[0] == CLIENT_HELLO && load24(r->body + 6) == 0;
 }
 
-static unsigned conn_mtu(const dtls_conn *c, unsigned link)
+/* What fits into one datagram of a handshake. */
+static size_t conn_mtu(const dtls_conn *c)
 {
-    return link - (c->peer.family == 4 ? IP4_UDP_HEADERS : IP6_UDP_HEADERS);
+    return (size_t)c->mtu - (c->peer.family == 4 ? IP4_UDP_HEADERS : IP6_UDP_HEADERS);
 }
 
 static int conn_output(dtls_conn *c, const void *data, size_t len);
@@ -1690,10 +1710,11 @@ static long bio_ctrl(BIO *b, int cmd, long num, void *ptr)
     case BIO_CTRL_EOF:
         return c->in == NULL;
     case BIO_CTRL_DGRAM_QUERY_MTU:
-        return (long)conn_mtu(c, (unsigned)c->ep->cfg.mtu_bytes);
+        return (long)conn_mtu(c);
     case BIO_CTRL_DGRAM_GET_FALLBACK_MTU: { /* asked at each timeout from the third on */
-        int link = c->fallbacks++ < 2 ? MTU_FALLBACK_1 : MTU_FALLBACK_2;
-        return (long)conn_mtu(c, (unsigned)(link < c->ep->cfg.mtu_bytes ? link : c->ep->cfg.mtu_bytes));
+        int less = c->fallbacks++ < 2 ? MTU_FALLBACK_1 : MTU_FALLBACK_2;
+        c->mtu = less < c->mtu ? less : c->mtu;
+        return (long)conn_mtu(c);
     }
     case BIO_CTRL_DGRAM_GET_MTU_OVERHEAD:
         return c->peer.family == 4 ? IP4_UDP_HEADERS : IP6_UDP_HEADERS;
@@ -1746,7 +1767,7 @@ static unsigned conn_retransmit_us(SSL *ssl, unsigned last_us)
     return last_us > max / 2 ? max : last_us * 2;
 }
 
-static int conn_output(dtls_conn *c, const void *data, size_t len)
+static int conn_send_datagram(dtls_conn *c, const void *data, size_t len)
 {
     dtls_endpoint *ep = c->ep;
     int r;
@@ -1757,10 +1778,44 @@ static int conn_output(dtls_conn *c, const void *data, size_t len)
         r = ep->cfg.send(ep->cfg.user, data, len, &c->local, &c->peer);
         ep->sending = false;
     }
-    if (r != 0)
-        return r;
+    ep->counters.datagrams_out += r == 0;
+    return r;
+}
+
+/* libssl sends a flight again with a datagram for each message, so that under loss one is always missing. Between
+ * flight_begin() and flight_end() its datagrams are packed, as many as the MTU holds. One that the transport refuses then
+ * counts as lost: the timer sends it again. */
+static void flight_begin(dtls_conn *c)
+{
+    c->ep->packing = c->state == CONN_HANDSHAKE;
+}
+
+static void flight_flush(dtls_conn *c)
+{
+    dtls_endpoint *ep = c->ep;
+    if (ep->flight_len > 0 && conn_send_datagram(c, ep->flight, ep->flight_len) != 0)
+        ep_count(ep, DTLS_DROP_SEND);
+    ep->flight_len = 0;
+}
+
+static void flight_end(dtls_conn *c)
+{
+    flight_flush(c);
+    c->ep->packing = false;
+}
+
+/* What libssl writes. */
+static int conn_output(dtls_conn *c, const void *data, size_t len)
+{
+    dtls_endpoint *ep = c->ep;
+    size_t room = conn_mtu(c);
     c->output = true;
-    ep->counters.datagrams_out++;
+    if (!ep->packing || len > room)
+        return conn_send_datagram(c, data, len);
+    if (ep->flight_len + len > room)
+        flight_flush(c);
+    memcpy(ep->flight + ep->flight_len, data, len);
+    ep->flight_len += len;
     return 0;
 }
 
@@ -1798,7 +1853,8 @@ static dtls_conn *conn_new(dtls_endpoint *ep, bool server)
     dtls_conn *c = calloc(1, sizeof *c);
     if (!c)
         return NULL;
-    *c = (dtls_conn){.object.destroy = conn_destroy, .ep = ep, .loop = ep->loop, .server = server, .buffers = true};
+    *c = (dtls_conn){.object.destroy = conn_destroy, .ep = ep, .loop = ep->loop, .server = server, .buffers = true,
+                     .mtu = ep->cfg.mtu_bytes};
     list_init(&c->object);
     if (timer_init(c->loop, &c->timer, conn_timer, c) < 0) {
         free(c);
@@ -1846,6 +1902,10 @@ static void conn_arm(dtls_conn *c)
     if (c->state == CONN_HANDSHAKE) {
         struct timeval left;
         at = c->deadline;
+        if (c->restart_at) {
+            timer_set(c->loop, &c->timer, earlier(at, c->restart_at));
+            return;
+        }
         at = earlier(at, conn_stalled_at(c));
         if (c->hint_at)
             at = earlier(at, c->hint_at + HINT_GRACE_MS * (int64_t)1000);
@@ -1941,9 +2001,11 @@ static bool conn_restart(dtls_conn *c)
     c->ssl = ssl;
     c->in = NULL;
     c->restarts++;
-    c->early = c->fallbacks = 0;
+    c->early = c->fallbacks = 0; /* what is known of the MTU stays */
     c->in_sequence = 0;
     c->step = TLS_ST_BEFORE;
+    c->answered = false;
+    c->restart_at = 0;
     conn_drive(c);
     return true;
 }
@@ -1953,8 +2015,9 @@ static bool conn_may_restart(const dtls_conn *c, int reason)
 {
     if (c->server || c->state != CONN_HANDSHAKE || c->restarts >= RESTARTS_MAX)
         return false;
-    return reason != SSL_R_CERTIFICATE_VERIFY_FAILED ||
-           SSL_get_verify_result(c->ssl) == X509_V_ERR_CERT_SIGNATURE_FAILURE;
+    long verify = SSL_get_verify_result(c->ssl);
+    return reason != SSL_R_CERTIFICATE_VERIFY_FAILED || verify == X509_V_ERR_CERT_SIGNATURE_FAILURE ||
+           verify == X509_V_ERR_EE_KEY_TOO_SMALL;
 }
 
 /* libssl gave up: once more, or find the words. */
@@ -1963,8 +2026,11 @@ static void conn_fail(dtls_conn *c)
     unsigned long e = ERR_peek_last_error();
     int reason = ERR_GET_REASON(e);
     const char *text = ERR_reason_error_string(e);
-    if (conn_may_restart(c, reason) && conn_restart(c))
+    if (conn_may_restart(c, reason)) { /* not at once: what else of this handshake is under way comes first */
+        c->restart_at = loop_now(c->loop) + c->ep->cfg.retransmit_ms * (int64_t)1000;
+        conn_arm(c);
         return;
+    }
     if (ERR_GET_LIB(e) != ERR_LIB_SSL || !text)
         conn_end(c, DTLS_CLOSE_ERROR, "OpenSSL: %s", text ? text : "no reason given");
     else if (reason == SSL_R_CERTIFICATE_VERIFY_FAILED)
@@ -2075,7 +2141,9 @@ static void conn_drive(dtls_conn *c)
     bool was_open = c->state == CONN_OPEN;
     if (c->state == CONN_HANDSHAKE) {
         errors_clear();
+        flight_begin(c);
         int r = SSL_do_handshake(c->ssl);
+        flight_end(c);
         int e = r == 1 ? SSL_ERROR_NONE : SSL_get_error(c->ssl, r);
         if (r == 1)
             conn_open(c);
@@ -2114,6 +2182,8 @@ static void conn_input(dtls_conn *c, const uint8_t *p, size_t n)
     const uint8_t *run = p;
     struct record r;
     bool hinted = c->hint_at != 0;
+    if (c->restart_at)
+        return;
     for (; n > 0 && c->state != CONN_CLOSED; p += r.size, n -= r.size) {
         if (!record_parse(p, n, &r)) {
             ep_count(c->ep, DTLS_DROP_MALFORMED);
@@ -2128,7 +2198,7 @@ static void conn_input(dtls_conn *c, const uint8_t *p, size_t n)
             if (p > run)
                 conn_give(c, run, (size_t)(p - run), false);
         } else if (drop < 0) {
-            c->heard = true;
+            c->heard = c->answered = true;
             c->hint_at = 0;
             conn_give(c, p, r.size, r.epoch == 0);
         }
@@ -2158,10 +2228,13 @@ static void conn_handshake_timer(dtls_conn *c, int64_t now)
         conn_end(c, DTLS_CLOSE_REFUSED, "%s", c->hint);
         return;
     }
-    if (now < c->deadline && now >= conn_stalled_at(c) && conn_restart(c))
+    bool restart = c->restart_at ? now >= c->restart_at : now >= conn_stalled_at(c);
+    if (now < c->deadline && ((restart && conn_restart(c)) || c->restart_at))
         return;
     errors_clear();
+    flight_begin(c);
     long r = now >= c->deadline ? -1 : DTLSv1_handle_timeout(c->ssl);
+    flight_end(c);
     if (r >= 0) {
         c->ep->counters.retransmissions += r > 0;
         return;
@@ -2689,6 +2762,7 @@ static void ep_destroy(struct object *o)
     if (ep->spare)
         conn_destroy(&ep->spare->object);
     free(ep->table);
+    free(ep->flight);
     BIO_ADDR_free(ep->listen_addr);
     SSL_CTX_free(ep->ctx);
     BIO_meth_free(ep->bio_method);
@@ -2877,7 +2951,8 @@ static int ep_setup(dtls_endpoint *ep, dtls_error *err)
     ep->bio_method = bio_method_new();
     ep->listen_addr = BIO_ADDR_new();
     ep->ctx = SSL_CTX_new(DTLS_method());
-    if (!ep->bio_method || !ep->listen_addr || !ep->ctx)
+    ep->flight = malloc((size_t)ep->cfg.mtu_bytes);
+    if (!ep->flight || !ep->bio_method || !ep->listen_addr || !ep->ctx)
         return fail(err, DTLS_ERR_MEMORY, "out of memory");
     if (RAND_bytes(ep->hash_key, sizeof ep->hash_key) != 1 || RAND_bytes(ep->secret[0], COOKIE_SECRET) != 1 ||
         RAND_bytes(ep->secret[1], COOKIE_SECRET) != 1)

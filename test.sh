@@ -3,10 +3,14 @@
 # The last line counts the results; the exit status is 1 if anything failed, or if nothing passed.
 set -u
 cd "$(dirname -- "$0")" || exit 1
-programs='library unit memory loops threads dropin e2e'
+programs='library unit memory loops threads simulate dropin e2e'
 limit_s=300 # for each program
+worlds=100  # for simulate
 
-[ "${1-}" != all ] || shift
+if [ "${1-}" = all ]; then
+    worlds=1000
+    shift
+fi
 case "$# $programs " in
 0*) ;;
 1*" $1 "*) programs=$1 ;;
@@ -96,6 +100,7 @@ libedit=$(pkg-config --cflags --libs libedit 2>/dev/null) || libedit=-ledit
 if wanted unit; then build unit "$sanitize" tests/unit.c -pthread $libssl $libedit; fi
 if wanted memory; then build memory "$sanitize" tests/memory.c dtls.c -pthread $libssl; fi
 if wanted loops; then build loops "$sanitize" tests/loops.c dtls.c -pthread $libssl; fi
+if wanted simulate; then build simulate "$sanitize" tests/simulate.c dtls.c $libssl; fi
 if wanted threads; then build threads "$races" tests/loops.c dtls.c -pthread $libssl; fi
 if wanted dropin || wanted e2e; then build dtls "$sanitize" -DDTLS_MAIN dtls.c $libssl $libedit; fi
 wait
@@ -110,6 +115,7 @@ run unit tests/build/unit tests/build/unit "$CERTS_DIR"
 run memory tests/build/memory tests/build/memory "$CERTS_DIR"
 run loops tests/build/loops tests/build/loops "$CERTS_DIR"
 run threads tests/build/threads tests/build/threads "$CERTS_DIR"
+run simulate tests/build/simulate tests/build/simulate "$CERTS_DIR" $worlds
 run dropin tests/build/dtls sh tests/dropin.sh
 run e2e tests/build/dtls python3 tests/e2e.py
 finish

@@ -120,7 +120,8 @@ static void test_foreign_loop(void)
     struct side server, client;
     open_server(&server);
     connect_to(&client, &server);
-    check(foreign_until(&server, &client, &client.connected, 1) && foreign_until(&server, &client, &server.connected, 1),
+    check(foreign_until(&server, &client, &client.connected, 1) &&
+              foreign_until(&server, &client, &server.connected, 1),
           "handshake inside a poll loop");
     int good = 1;
     for (int i = 1; i <= MESSAGES && good; i++) {

@@ -308,7 +308,9 @@ static void test_endings(void)
     static const struct {
         dtls_event at;
         const char *name;
-    } cases[] = {{DTLS_EV_CONNECTED, "connected"}, {DTLS_EV_MESSAGE, "message"}, {DTLS_EV_IDLE, "idle"},
+    } cases[] = {{DTLS_EV_CONNECTED, "connected"},
+                 {DTLS_EV_MESSAGE, "message"},
+                 {DTLS_EV_IDLE, "idle"},
                  {DTLS_EV_CLOSED, "closed"}};
     void (*const how[])(struct side *, dtls_conn *, dtls_event) = {close_own, free_own_endpoint};
     const dtls_config idle = {.idle_ms = 20, .idle_timeout_ms = 100};
