@@ -149,7 +149,7 @@ struct dtls_loop {
     int fd;      /* epoll or kqueue */
     int wake[2]; /* eventfd twice, or a pipe, or -1 with EVFILT_USER */
     unsigned depth;
-    bool polling, stopping;
+    bool stopping;
     int64_t now; /* when this turn began */
     struct object live, dead;
     struct timer **heap; /* from index 1 */
@@ -360,14 +360,49 @@ static int backend_signal(struct signal_watch *s, bool on)
 
 #endif
 
-/* UDP: the option that makes a wildcard socket tell and choose its local IPv4 address. */
-#ifdef IP_PKTINFO
-#define LOCAL4_RECV IP_PKTINFO
-#define LOCAL4_TYPE IP_PKTINFO
+/* UDP: how a wildcard socket tells and chooses its local IPv4 address. */
+#if defined(__linux__) || defined(__APPLE__)
+
+#define LOCAL4_RECV IP_PKTINFO /* the option that asks for it */
+#define LOCAL4_TYPE IP_PKTINFO /* the message that brings it */
+#define LOCAL4_SEND IP_PKTINFO /* the message that chooses it */
+typedef struct in_pktinfo local4;
+
+static void local4_put(local4 *info, const uint8_t ip[4])
+{
+    memset(info, 0, sizeof *info);
+    memcpy(&info->ipi_spec_dst, ip, 4);
+}
+
+/* False: not one of ours to answer from (broadcast, multicast). */
+static bool local4_get(const local4 *info, uint8_t ip[4])
+{
+    memcpy(ip, &info->ipi_addr, 4);
+#ifdef __linux__ /* macOS does not fill it in */
+    if (memcmp(&info->ipi_spec_dst, ip, 4) != 0)
+        return false;
+#endif
+    return (ip[0] & 0xf0) != 0xe0;
+}
+
 #else
+
 #define LOCAL4_RECV IP_RECVDSTADDR
 #define LOCAL4_TYPE IP_RECVDSTADDR
 #define LOCAL4_SEND IP_SENDSRCADDR
+typedef struct in_addr local4;
+
+static void local4_put(local4 *info, const uint8_t ip[4])
+{
+    memcpy(info, ip, 4);
+}
+
+static bool local4_get(const local4 *info, uint8_t ip[4])
+{
+    memcpy(ip, info, 4);
+    return (ip[0] & 0xf0) != 0xe0;
+}
+
 #endif
 
 #ifdef __linux__
@@ -993,12 +1028,10 @@ int dtls_loop_poll(dtls_loop *l, int timeout_ms)
     if (next >= 0 && (timeout_ms < 0 || next < timeout_ms))
         timeout_ms = next;
     loop_enter(l);
-    l->polling = true;
     int r = backend_wait(l, timeout_ms);
     l->now = loop_now(l);
     loop_run_posts(l, true);
     timer_run(l);
-    l->polling = false;
     loop_leave(l);
     return r < 0 ? DTLS_ERR_SYSTEM : 0;
 }
@@ -1028,7 +1061,7 @@ void dtls_loop_free(dtls_loop *l)
     loop_enter(l);
     for (struct signal_watch *s = l->signals; s < l->signals + SIGNALS_MAX; s++)
         if (s->signo)
-            backend_signal(s, false);
+            dtls_loop_signal(l, s->signo, NULL, NULL);
     for (;;) { /* each kind has its own way to end; endpoints run callbacks, which may make or end others */
         struct object *o = l->live.next;
         if (o == &l->live)
@@ -1109,16 +1142,10 @@ static void udp_put_local(struct msghdr *m, struct control *c, const dtls_addr *
     m->msg_controllen = sizeof c->bytes;
     struct cmsghdr *h = CMSG_FIRSTHDR(m);
     if (from->family == 4) {
+        local4 info;
+        local4_put(&info, from->ip);
         h->cmsg_level = IPPROTO_IP;
-#ifdef IP_PKTINFO
-        struct in_pktinfo info = {0};
-        h->cmsg_type = IP_PKTINFO;
-        memcpy(&info.ipi_spec_dst, from->ip, 4);
-#else
-        struct in_addr info;
         h->cmsg_type = LOCAL4_SEND;
-        memcpy(&info, from->ip, 4);
-#endif
         h->cmsg_len = CMSG_LEN(sizeof info);
         m->msg_controllen = CMSG_SPACE(sizeof info);
         memcpy(CMSG_DATA(h), &info, sizeof info);
@@ -1139,15 +1166,9 @@ static bool udp_get_local(struct msghdr *m, dtls_addr *to)
 {
     for (struct cmsghdr *h = CMSG_FIRSTHDR(m); h; h = CMSG_NXTHDR(m, h)) {
         if (h->cmsg_level == IPPROTO_IP && h->cmsg_type == LOCAL4_TYPE) {
-#ifdef IP_PKTINFO
-            struct in_pktinfo info;
+            local4 info;
             memcpy(&info, CMSG_DATA(h), sizeof info);
-            memcpy(to->ip, &info.ipi_spec_dst, 4);
-            return memcmp(&info.ipi_spec_dst, &info.ipi_addr, 4) == 0;
-#else
-            memcpy(to->ip, CMSG_DATA(h), 4);
-            return true;
-#endif
+            return local4_get(&info, to->ip);
         }
         if (h->cmsg_level == IPPROTO_IPV6 && h->cmsg_type == IPV6_PKTINFO) {
             struct in6_pktinfo info;
@@ -1413,8 +1434,10 @@ enum {
     RECORD_HEADER = 13, /* type, version, epoch, sequence number, length: RFC 6347 section 4.1 */
     RECORD_BODY_MAX = 16384 + 256,
     HANDSHAKE_HEADER = 12, /* type, length, message_seq, fragment offset, fragment length: section 4.2.2 */
-    HANDSHAKE_LENGTH_MAX = 32768, /* a long certificate chain */
-    HANDSHAKE_SEQ_MAX = 32, /* no DTLS 1.2 handshake has so many messages */
+    CERTIFICATES_LENGTH_MAX = 32768, /* a long chain */
+    HELLO_LENGTH_MAX = 4096,
+    KEY_LENGTH_MAX = 2048, /* a signature of RSA-16384 */
+    SERVER_SEQ_MAX = 8,
     HELLO_RANDOM = 32,
     HELLO_SEQUENCE_MAX = 0xffff, /* libssl goes on counting from the ClientHello's record */
     EARLY_RECORDS = 6,           /* protected records kept ahead of their keys: libssl buffers them unauthenticated */
@@ -1428,12 +1451,22 @@ enum {
     CLIENT_HELLO = 1,
     SERVER_HELLO = 2,
     HELLO_VERIFY_REQUEST = 3,
+    NEW_SESSION_TICKET = 4,
+    CERTIFICATE = 11,
+    SERVER_KEY_EXCHANGE = 12,
+    CERTIFICATE_REQUEST = 13,
+    SERVER_HELLO_DONE = 14,
+    CERTIFICATE_VERIFY = 15,
+    CLIENT_KEY_EXCHANGE = 16,
+    CERTIFICATE_STATUS = 22,
 
     COOKIE_BYTES = 16, /* keeps a HelloVerifyRequest (44 bytes) below any ClientHello */
     COOKIE_SECRET = 32,
     HINT_GRACE_MS = 3000, /* silence that makes an unauthenticated refusal credible */
     STALL_MS = 4000,      /* a client's handshake stands still for so long: it begins anew; doubled each time */
-    RESTARTS_MAX = 5,     /* after failures; stalls are bounded by the deadline */
+    RESTARTS_MAX = 5,     /* after failures here; stalls are bounded by the deadline */
+    RESTARTS_REFUSED = 2, /* after alerts that may be about a damaged message */
+    NO_ALERT = -1,
     QUIET_MS = 1000,      /* no traffic for so long: libssl's record buffers, 33 KB, go back */
     MTU_FALLBACK_1 = 1280,
     MTU_FALLBACK_2 = 576,
@@ -1477,9 +1510,12 @@ struct dtls_conn {
     size_t overhead;
     int64_t started, deadline; /* microseconds, as all times here */
     int64_t hint_at;           /* when somebody claimed that the peer refuses us; 0: nobody */
+    int hint_alert;            /* by this alert, or NO_ALERT */
     OSSL_HANDSHAKE_STATE step; /* of libssl's handshake, and since when */
     int64_t step_at;
     SSL_SESSION *session;      /* a client's to resume, while in handshake */
+    char *name;                /* a client expects it in the certificate; NULL: the peer's IP address */
+    int64_t answer_us;         /* until the first plausible answer: about a round trip */
     bool heard;                /* a plausible record came */
     bool answered;             /* a client's first ClientHello was */
     int64_t restart_at;        /* a client's SSL failed: when the next one takes over; 0: it did not */
@@ -1550,12 +1586,31 @@ static bool record_parse(const uint8_t *p, size_t n, struct record *r)
     return r->body_len > 0 && r->body_len <= RECORD_BODY_MAX && r->body_len <= n - RECORD_HEADER;
 }
 
-/* Handshake messages a peer may send unprotected; a ClientHello is only let through to the cookie exchange. */
-static bool guard_message_type(unsigned type, bool server)
+/* Handshake messages that a peer may send unprotected: how long they get and, towards a server, their place. Behind our
+ * cookie exchange a client's message_seq is fixed, so that nobody makes libssl keep more than one of each for later. */
+static bool guard_message(unsigned type, unsigned seq, unsigned length, bool server)
 {
-    static const uint32_t to_server = 1u << 1 | 1u << 11 | 1u << 15 | 1u << 16;
-    static const uint32_t to_client = 1u << 2 | 1u << 3 | 1u << 4 | 1u << 11 | 1u << 12 | 1u << 13 | 1u << 14 | 1u << 22;
-    return type < 32 && ((server ? to_server : to_client) >> type & 1);
+    switch (type) {
+    case CLIENT_HELLO: /* a later fragment: the first goes to the cookie exchange */
+        return server && seq == 1 && length <= HELLO_LENGTH_MAX;
+    case CERTIFICATE:
+        return (!server || seq == 2) && length <= CERTIFICATES_LENGTH_MAX;
+    case CLIENT_KEY_EXCHANGE:
+        return server && seq == 3 && length <= KEY_LENGTH_MAX;
+    case CERTIFICATE_VERIFY:
+        return server && seq == 4 && length <= KEY_LENGTH_MAX;
+    case SERVER_HELLO:
+    case HELLO_VERIFY_REQUEST:
+    case SERVER_KEY_EXCHANGE:
+        return !server && seq <= SERVER_SEQ_MAX && length <= HELLO_LENGTH_MAX;
+    case NEW_SESSION_TICKET:
+    case CERTIFICATE_REQUEST:
+    case SERVER_HELLO_DONE:
+    case CERTIFICATE_STATUS:
+        return !server && seq <= SERVER_SEQ_MAX && length <= CERTIFICATES_LENGTH_MAX;
+    default:
+        return false;
+    }
 }
 
 /* libssl ends the handshake over a fragment that lies about its place or size; nothing in a real one does. */
@@ -1565,9 +1620,8 @@ static bool guard_handshake(const struct record *r, bool server)
     size_t left = r->body_len;
     while (left >= HANDSHAKE_HEADER) {
         unsigned length = load24(p + 1), offset = load24(p + 6), fragment = load24(p + 9);
-        if (!guard_message_type(p[0], server) || load16(p + 4) > HANDSHAKE_SEQ_MAX || length > HANDSHAKE_LENGTH_MAX ||
-            offset > length || fragment > length - offset || (fragment == 0 && length > 0) ||
-            fragment > left - HANDSHAKE_HEADER)
+        if (!guard_message(p[0], load16(p + 4), length, server) || offset > length || fragment > length - offset ||
+            (fragment == 0 && length > 0) || fragment > left - HANDSHAKE_HEADER)
             return false;
         p += HANDSHAKE_HEADER + fragment;
         left -= HANDSHAKE_HEADER + fragment;
@@ -1575,36 +1629,32 @@ static bool guard_handshake(const struct record *r, bool server)
     return left == 0;
 }
 
+static void conn_arm(dtls_conn *c);
+
 /* Anybody can claim that the peer refuses us: a plaintext alert, an ICMP message. libssl never sees the claim. It is
  * believed only if nothing plausible follows for HINT_GRACE_MS, so that a forger cannot stop a handshake that goes on,
  * and a real refusal is still reported as such. */
-static void guard_hint(dtls_conn *c, const char *format, const char *what)
+static void guard_hint(dtls_conn *c, int alert, const char *format, const char *what)
 {
     if (!c->hint_at)
         c->hint_at = loop_now(c->loop);
+    c->hint_alert = alert;
     snprintf(c->hint, sizeof c->hint, format, what);
+    conn_arm(c);
+}
+
+static bool guard_is_hello(const struct record *r)
+{
+    return r->epoch == 0 && r->type == TYPE_HANDSHAKE && (r->body[0] == SERVER_HELLO || r->body[0] == HELLO_VERIFY_REQUEST);
 }
 
 /* After a new start, what the server sent in the last handshake still arrives; a message of it that libssl keeps for later
  * would spoil this one. Neither side can tell them apart, but only the right ones come in this order. */
 static bool guard_leftover(const dtls_conn *c, const struct record *r)
 {
-    unsigned type = r->body[0];
-    bool hello = type == SERVER_HELLO || type == HELLO_VERIFY_REQUEST;
-    if (c->server || r->type != TYPE_HANDSHAKE || SSL_get_state(c->ssl) != TLS_ST_CW_CLNT_HELLO)
+    if (c->server || SSL_get_state(c->ssl) != TLS_ST_CW_CLNT_HELLO)
         return false;
-    return c->answered ? !hello && c->restarts > 0 : hello && load16(r->body + 4) != 0;
-}
-
-/* An alert that means no; others say that a message came damaged, after which a client begins anew. */
-static bool guard_refusal(unsigned level, unsigned alert, bool server)
-{
-    static const unsigned damage[] = {SSL_AD_UNEXPECTED_MESSAGE, SSL_AD_BAD_RECORD_MAC, SSL_AD_ILLEGAL_PARAMETER,
-                                      SSL_AD_DECODE_ERROR, SSL_AD_DECRYPT_ERROR};
-    for (size_t i = 0; !server && i < sizeof damage / sizeof *damage; i++)
-        if (alert == damage[i])
-            return false;
-    return level == SSL3_AL_FATAL || alert == SSL_AD_CLOSE_NOTIFY;
+    return guard_is_hello(r) ? !c->answered && load16(r->body + 4) != 0 : c->restarts > 0;
 }
 
 /* What may pass in a handshake. The attacks that each line stops are tried in the tests. */
@@ -1615,8 +1665,8 @@ static int guard_in_handshake(dtls_conn *c, const struct record *r)
         case TYPE_DATA:
             return DTLS_DROP_DATA;
         case TYPE_ALERT:
-            if (r->body_len == 2 && guard_refusal(r->body[0], r->body[1], c->server))
-                guard_hint(c, "refused by the peer: %s", SSL_alert_desc_string_long(r->body[1]));
+            if (r->body_len == 2 && (r->body[0] == SSL3_AL_FATAL || r->body[1] == SSL_AD_CLOSE_NOTIFY))
+                guard_hint(c, r->body[1], "refused by the peer: %s", SSL_alert_desc_string_long(r->body[1]));
             return DTLS_DROP_ALERT;
         case TYPE_CCS:
             return r->body_len == 1 && r->body[0] == 1 ? -1 : DTLS_DROP_HANDSHAKE;
@@ -1721,14 +1771,8 @@ static long bio_ctrl(BIO *b, int cmd, long num, void *ptr)
     case BIO_CTRL_DGRAM_SET_PEEK_MODE:
         c->in_peek = num != 0;
         return 1;
-    case BIO_CTRL_DGRAM_SET_NEXT_TIMEOUT: /* known, but DTLSv1_get_timeout tells the same in relative time */
-    case BIO_CTRL_DGRAM_SET_CONNECTED:
-    case BIO_CTRL_DGRAM_SET_PEER:
-    case BIO_CTRL_DGRAM_GET_PEER: /* the connection knows its peer */
-    case BIO_CTRL_WPENDING:
-    case BIO_CTRL_PUSH:
-    case BIO_CTRL_POP:
-    default:
+    default: /* SET_NEXT_TIMEOUT, SET_CONNECTED, GET_PEER, SET_PEER, WPENDING, PUSH, POP, GET_KTLS_SEND and _RECV (73, 76),
+              * and whatever comes: we know our peer and our timer ourselves, nothing waits, no KTLS */
         return 0;
     }
 }
@@ -1751,6 +1795,7 @@ static dtls_conn *conn_of(SSL *ssl)
 /* ==== 6. connection =============================================================================================== */
 
 static void ep_unlist(dtls_conn *c);
+static void ep_replace(dtls_conn *c);
 static void ep_log(dtls_endpoint *ep, dtls_log level, const char *format, ...)
 #ifdef __GNUC__
     __attribute__((format(printf, 3, 4)))
@@ -1829,6 +1874,7 @@ static void conn_destroy(struct object *o)
     SSL_SESSION_free(c->session);
     SSL_free(c->ssl);
     errors_clear();
+    free(c->name);
     free(c);
 }
 
@@ -1891,7 +1937,8 @@ static int64_t conn_dead_at(const dtls_conn *c)
 /* When a client's handshake counts as stalled. Before any answer there is nothing that a new start could change. */
 static int64_t conn_stalled_at(const dtls_conn *c)
 {
-    return c->server || !c->heard ? INT64_MAX : c->step_at + (STALL_MS * (int64_t)1000 << (c->restarts < 10 ? c->restarts : 10));
+    int64_t patience = STALL_MS * (int64_t)1000 << (c->restarts < 10 ? c->restarts : 10);
+    return c->server || !c->heard ? INT64_MAX : c->step_at + patience + 2 * c->answer_us;
 }
 
 /* Sets the one timer to the earliest deadline. While open, deadlines only move later when messages come, so the timer is
@@ -1955,8 +2002,9 @@ static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, const
         return;
     c->reason = reason;
     snprintf(c->text, sizeof c->text, format, what);
-    bool tell = reason == DTLS_CLOSE_LOCAL || reason == DTLS_CLOSE_PEER || reason == DTLS_CLOSE_IDLE;
-    if (was == CONN_OPEN && tell && conn_need_buffers(c)) {
+    bool tell = reason == DTLS_CLOSE_LOCAL || reason == DTLS_CLOSE_PEER || reason == DTLS_CLOSE_IDLE ||
+                reason == DTLS_CLOSE_VERIFY;
+    if (tell && SSL_is_init_finished(c->ssl) && conn_need_buffers(c)) {
         errors_clear();
         SSL_shutdown(c->ssl); /* close_notify, sent once; nothing waits for an answer */
     } else if (reason != DTLS_CLOSE_ERROR && reason != DTLS_CLOSE_VERIFY) {
@@ -1968,6 +2016,10 @@ static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, const
     ep_unlist(c);
     if (was == CONN_HANDSHAKE && c->server)
         c->ep->counters.handshakes--;
+    /* Before any callback: one that frees the endpoint buries it, and it must go after its connections. */
+    if (c->udp && c->udp->conn == c)
+        udp_free(c->udp);
+    loop_bury(c->loop, &c->object);
     dtls_addr_format(&c->peer, peer, sizeof peer);
     if (was == CONN_OPEN) {
         ep_log(c->ep, DTLS_LOG_INFO, "%s closed: %s", peer, c->text);
@@ -1977,9 +2029,52 @@ static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, const
     }
     if (was == CONN_OPEN || !c->server) /* the application never heard of a handshake that a stranger failed */
         conn_raise(c, DTLS_EV_CLOSED, NULL, 0);
-    if (c->udp && c->udp->conn == c)
-        udp_free(c->udp);
-    loop_bury(c->loop, &c->object);
+}
+
+/* The server's identity, checked against the subjectAltName only: RFC 6125 section 6.4.4 retires the common name. libssl
+ * does that in a full handshake; a resumed one verifies nothing, so there it is up to us. */
+
+enum { NAME_FLAGS = X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS | X509_CHECK_FLAG_NEVER_CHECK_SUBJECT };
+
+/* The IP address that is expected, if it is no name: its length. Not OpenSSL's own parser, which takes "127.0.0.1 x". */
+static size_t conn_expected_ip(const dtls_conn *c, uint8_t ip[16])
+{
+    memcpy(ip, c->peer.ip, 16);
+    if (!c->name)
+        return c->peer.family == 4 ? 4 : 16;
+    return inet_pton(AF_INET, c->name, ip) == 1 ? 4 : inet_pton(AF_INET6, c->name, ip) == 1 ? 16 : 0;
+}
+
+static bool conn_expect(const dtls_conn *c, SSL *ssl)
+{
+    uint8_t ip[16];
+    size_t ip_len = conn_expected_ip(c, ip);
+    X509_VERIFY_PARAM *param = SSL_get0_param(ssl);
+    X509_VERIFY_PARAM_set_hostflags(param, NAME_FLAGS);
+    if (ip_len)
+        return X509_VERIFY_PARAM_set1_ip(param, ip, ip_len) == 1;
+    return SSL_set_tlsext_host_name(ssl, c->name) == 1 && X509_VERIFY_PARAM_set1_host(param, c->name, 0) == 1;
+}
+
+static bool conn_is_expected(const dtls_conn *c, X509 *cert)
+{
+    uint8_t ip[16];
+    size_t ip_len = conn_expected_ip(c, ip);
+    return ip_len ? X509_check_ip(cert, ip, ip_len, 0) == 1
+                  : X509_check_host(cert, c->name, 0, NAME_FLAGS, NULL) == 1;
+}
+
+/* A new SSL for a client's handshake, the first one or one more. */
+static SSL *conn_client_ssl(dtls_conn *c)
+{
+    SSL *ssl = conn_ssl_new(c);
+    if (!ssl)
+        return NULL;
+    SSL_set_connect_state(ssl);
+    if (conn_expect(c, ssl) && (!c->session || SSL_set_session(ssl, c->session) == 1))
+        return ssl;
+    SSL_free(ssl);
+    return NULL;
 }
 
 /* Plaintext handshake messages may arrive damaged or forged: the peer that stumbles over one forgets the handshake, and
@@ -1987,17 +2082,10 @@ static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, const
  * exchange lets it replace what is left of the first try. */
 static bool conn_restart(dtls_conn *c)
 {
-    SSL *old = c->ssl, *ssl = conn_ssl_new(c);
-    const char *name = SSL_get_servername(old, TLSEXT_NAMETYPE_host_name);
+    SSL *ssl = conn_client_ssl(c);
     if (!ssl)
         return false;
-    SSL_set_connect_state(ssl);
-    if (SSL_set1_param(ssl, SSL_get0_param(old)) != 1 || (name && SSL_set_tlsext_host_name(ssl, name) != 1) ||
-        (c->session && SSL_set_session(ssl, c->session) != 1)) {
-        SSL_free(ssl);
-        return false;
-    }
-    SSL_free(old);
+    SSL_free(c->ssl);
     c->ssl = ssl;
     c->in = NULL;
     c->restarts++;
@@ -2005,7 +2093,7 @@ static bool conn_restart(dtls_conn *c)
     c->in_sequence = 0;
     c->step = TLS_ST_BEFORE;
     c->answered = false;
-    c->restart_at = 0;
+    c->restart_at = c->hint_at = 0;
     conn_drive(c);
     return true;
 }
@@ -2051,7 +2139,7 @@ static void conn_read_name(dtls_conn *c, X509 *cert)
     unsigned char *utf8 = NULL;
     int n = at < 0 ? -1 : ASN1_STRING_to_UTF8(&utf8, X509_NAME_ENTRY_get_data(X509_NAME_get_entry(subject, at)));
     for (int i = 0; i < n && i < NAME_MAX_BYTES; i++) /* a name may hold anything: keep logs one line each */
-        c->peer_name[i] = (char)(utf8[i] < 0x20 || utf8[i] == 0x7f ? '?' : utf8[i]);
+        c->peer_name[i] = (char)(utf8[i] < 0x20 || utf8[i] == 0x7f || (utf8[i] == 0xc2 && utf8[i + 1] < 0xa0) ? '?' : utf8[i]);
     OPENSSL_free(utf8);
 }
 
@@ -2068,12 +2156,16 @@ static void conn_open(dtls_conn *c)
     char peer[DTLS_ADDR_TEXT];
     X509 *cert = SSL_get1_peer_certificate(c->ssl);
     c->resumed = SSL_session_reused(c->ssl) == 1;
-    /* A resumed handshake verifies nothing again, so a certificate could outlive its date. */
-    if (cert && c->resumed && X509_cmp_current_time(X509_get0_notAfter(cert)) <= 0) {
+    /* A resumed handshake verifies nothing again: neither dates nor names. */
+    int bad = X509_V_OK;
+    if (cert && c->resumed && X509_cmp_current_time(X509_get0_notAfter(cert)) <= 0)
+        bad = X509_V_ERR_CERT_HAS_EXPIRED;
+    else if (cert && c->resumed && !c->server && !conn_is_expected(c, cert))
+        bad = X509_V_ERR_HOSTNAME_MISMATCH;
+    if (bad != X509_V_OK) {
         SSL_CTX_remove_session(c->ep->ctx, SSL_get0_session(c->ssl));
         X509_free(cert);
-        conn_end(c, DTLS_CLOSE_VERIFY, "certificate refused: %s",
-                 X509_verify_cert_error_string(X509_V_ERR_CERT_HAS_EXPIRED));
+        conn_end(c, DTLS_CLOSE_VERIFY, "certificate refused: %s", X509_verify_cert_error_string(bad));
         return;
     }
     if (cert)
@@ -2086,16 +2178,19 @@ static void conn_open(dtls_conn *c)
     c->overhead = conn_record_overhead(SSL_get_current_cipher(c->ssl));
     c->state = CONN_OPEN;
     c->last_in = loop_now(c->loop);
-    if (c->server)
+    if (c->server) {
         c->ep->counters.handshakes--;
+        ep_replace(c);
+    }
     if (c->resumed)
         c->ep->counters.handshakes_resumed++;
     else
         c->ep->counters.handshakes_full++;
+    conn_arm(c);
     ep_log(c->ep, DTLS_LOG_INFO, "%s connected: %s, %s, %s", dtls_addr_format(&c->peer, peer, sizeof peer), c->peer_name,
            SSL_get_cipher_name(c->ssl), c->resumed ? "resumed session" : "full handshake");
-    conn_arm(c);
-    conn_raise(c, DTLS_EV_CONNECTED, NULL, 0);
+    if (c->state == CONN_OPEN) /* the log may have ended it */
+        conn_raise(c, DTLS_EV_CONNECTED, NULL, 0);
 }
 
 /* Reads all there is; with `only` set, one record was given to an open connection, and a look whether more is buffered
@@ -2105,17 +2200,19 @@ static void conn_read(dtls_conn *c, bool only)
     uint8_t message[DTLS_MESSAGE_MAX];
     while (c->state == CONN_OPEN) {
         errors_clear();
-        int n = SSL_read(c->ssl, message, sizeof message);
-        if (n > 0) {
+        size_t n = 0;
+        int r = SSL_read_ex(c->ssl, message, sizeof message, &n);
+        if (r == 1) {
             c->last_in = c->loop->now;
-            c->messages_in++;
-            c->bytes_in += (uint64_t)n;
-            conn_raise(c, DTLS_EV_MESSAGE, message, (size_t)n);
+            c->messages_in += n > 0;
+            c->bytes_in += n;
+            if (n > 0) /* an empty record is legal, says that the peer is alive, and nothing else */
+                conn_raise(c, DTLS_EV_MESSAGE, message, n);
             if (only && !c->in && c->state == CONN_OPEN && !SSL_has_pending(c->ssl))
                 return;
             continue;
         }
-        int e = SSL_get_error(c->ssl, n);
+        int e = SSL_get_error(c->ssl, r);
         if (e == SSL_ERROR_WANT_READ || e == SSL_ERROR_WANT_WRITE)
             return;
         if (e == SSL_ERROR_ZERO_RETURN)
@@ -2181,7 +2278,6 @@ static void conn_input(dtls_conn *c, const uint8_t *p, size_t n)
 {
     const uint8_t *run = p;
     struct record r;
-    bool hinted = c->hint_at != 0;
     if (c->restart_at)
         return;
     for (; n > 0 && c->state != CONN_CLOSED; p += r.size, n -= r.size) {
@@ -2198,7 +2294,10 @@ static void conn_input(dtls_conn *c, const uint8_t *p, size_t n)
             if (p > run)
                 conn_give(c, run, (size_t)(p - run), false);
         } else if (drop < 0) {
-            c->heard = c->answered = true;
+            if (!c->heard)
+                c->answer_us = loop_now(c->loop) - c->started;
+            c->heard = true;
+            c->answered = c->answered || guard_is_hello(&r);
             c->hint_at = 0;
             conn_give(c, p, r.size, r.epoch == 0);
         }
@@ -2206,8 +2305,6 @@ static void conn_input(dtls_conn *c, const uint8_t *p, size_t n)
     }
     if (c->state == CONN_OPEN && p > run)
         conn_give(c, run, (size_t)(p - run), false);
-    if (c->state == CONN_HANDSHAKE && hinted != (c->hint_at != 0))
-        conn_arm(c);
 }
 
 /* An error on a socket. On a client's own it may be ICMP's word that nobody is there: a hint, until the peer answered. */
@@ -2217,15 +2314,27 @@ static void udp_error(struct udp *u, int error)
     u->ep->counters.receive_errors++;
     if (!c || c->state != CONN_HANDSHAKE || c->heard)
         return;
-    guard_hint(c, "%s", strerror(error));
-    conn_arm(c);
+    guard_hint(c, NO_ALERT, "%s", strerror(error));
+}
+
+/* Whether the peer's alert may be about a damaged or forged message, and not about who we are. */
+static bool conn_may_be_damage(const dtls_conn *c)
+{
+    static const int final[] = {NO_ALERT, SSL_AD_CLOSE_NOTIFY, SSL_AD_UNSUPPORTED_CERTIFICATE, SSL_AD_CERTIFICATE_REVOKED,
+                                SSL_AD_CERTIFICATE_EXPIRED, SSL_AD_UNKNOWN_CA, SSL_AD_ACCESS_DENIED,
+                                SSL_AD_PROTOCOL_VERSION, SSL_AD_INSUFFICIENT_SECURITY};
+    for (size_t i = 0; i < sizeof final / sizeof *final; i++)
+        if (c->hint_alert == final[i])
+            return false;
+    return !c->server && c->restarts < RESTARTS_REFUSED;
 }
 
 static void conn_handshake_timer(dtls_conn *c, int64_t now)
 {
     char seconds[32];
     if (c->hint_at && now >= c->hint_at + HINT_GRACE_MS * (int64_t)1000) {
-        conn_end(c, DTLS_CLOSE_REFUSED, "%s", c->hint);
+        if (!conn_may_be_damage(c) || !conn_restart(c))
+            conn_end(c, DTLS_CLOSE_REFUSED, "%s", c->hint);
         return;
     }
     bool restart = c->restart_at ? now >= c->restart_at : now >= conn_stalled_at(c);
@@ -2275,7 +2384,7 @@ static void conn_timer(void *user)
 int dtls_conn_send(dtls_conn *c, const void *data, size_t len)
 {
     int r = 0;
-    if (c->state != CONN_OPEN)
+    if (c->state != CONN_OPEN || c->ep->sending)
         return DTLS_ERR_STATE;
     if (!data || len == 0 || len > DTLS_MESSAGE_MAX) /* libssl sends no empty record, and ends up confused asked to */
         return DTLS_ERR_SIZE;
@@ -2303,6 +2412,8 @@ int dtls_conn_send(dtls_conn *c, const void *data, size_t len)
 void dtls_conn_close(dtls_conn *c)
 {
     dtls_loop *l = c->loop;
+    if (c->ep->sending)
+        return;
     loop_enter(l);
     conn_end(c, DTLS_CLOSE_LOCAL, "closed %s", "here");
     loop_leave(l);
@@ -2365,7 +2476,7 @@ SSL_SESSION *dtls_conn_session(const dtls_conn *c)
 
 SSL *dtls_conn_ssl(const dtls_conn *c)
 {
-    return c->ssl;
+    return c->overhead ? c->ssl : NULL; /* until then a new one may take its place */
 }
 
 /* ==== 7. endpoint ================================================================================================= */
@@ -2400,6 +2511,15 @@ static dtls_conn *ep_find(const dtls_endpoint *ep, const dtls_addr *peer, const 
     return c;
 }
 
+/* The next one with the same addresses: behind a restarted client's handshake stands its old connection. */
+static dtls_conn *ep_next_same(const dtls_conn *c)
+{
+    dtls_conn *next = c->hash_next;
+    while (next && !(dtls_addr_equal(&c->peer, &next->peer) && dtls_addr_equal(&c->local, &next->local)))
+        next = next->hash_next;
+    return next;
+}
+
 static int ep_grow(dtls_endpoint *ep)
 {
     size_t old_size = ep->table_size;
@@ -2410,10 +2530,12 @@ static int ep_grow(dtls_endpoint *ep)
     ep->table_size = old_size ? old_size * 2 : 64;
     for (size_t i = 0; i < old_size; i++) {
         for (dtls_conn *c = old[i], *next; c; c = next) {
-            size_t slot = ep_slot(ep, &c->peer);
+            dtls_conn **at = &table[ep_slot(ep, &c->peer)];
+            while (*at) /* to the end: of two with the same addresses the newer one stays first */
+                at = &(*at)->hash_next;
             next = c->hash_next;
-            c->hash_next = table[slot];
-            table[slot] = c;
+            c->hash_next = NULL;
+            *at = c;
         }
     }
     free(old);
@@ -2447,14 +2569,24 @@ static void ep_unlist(dtls_conn *c)
     ep->counters.conns--;
 }
 
-/* Cookies: RFC 6347 section 4.2.1. The address pair under a secret that changes; the one before stays valid. */
+/* A handshake is done: what the same addresses had before is over (RFC 6347 section 4.2.8). */
+static void ep_replace(dtls_conn *c)
+{
+    dtls_conn *old = ep_next_same(c);
+    if (old)
+        conn_end(old, DTLS_CLOSE_REPLACED, "replaced by a new association from the same %s", "address");
+}
+
+/* Cookies: RFC 6347 section 4.2.1. The address pair and the client's random, so that a cookie is good for one ClientHello,
+ * under a secret that changes; the one before stays valid. */
 
 static void cookie_make(const dtls_conn *c, const uint8_t secret[COOKIE_SECRET], uint8_t cookie[COOKIE_BYTES])
 {
-    uint8_t data[2 * ADDR_PACKED], mac[EVP_MAX_MD_SIZE];
+    uint8_t data[2 * ADDR_PACKED + HELLO_RANDOM], mac[EVP_MAX_MD_SIZE];
     unsigned len = sizeof mac;
     addr_pack(&c->peer, data);
     addr_pack(&c->local, data + ADDR_PACKED);
+    memcpy(data + 2 * ADDR_PACKED, c->hello_random, HELLO_RANDOM);
     memset(mac, 0, sizeof mac);
     HMAC(EVP_sha256(), secret, COOKIE_SECRET, data, sizeof data, mac, &len);
     memcpy(cookie, mac, COOKIE_BYTES);
@@ -2494,18 +2626,24 @@ static int cookie_verify(SSL *ssl, const unsigned char *cookie, unsigned len)
     return same;
 }
 
+/* Too many handshakes: the oldest gives way, or whoever starts enough of them would lock all others out. */
+static void ep_crowd_out(dtls_endpoint *ep)
+{
+    dtls_conn *c = ep->first;
+    while (c && !(c->server && c->state == CONN_HANDSHAKE))
+        c = c->next;
+    if (c)
+        conn_end(c, DTLS_CLOSE_TIMEOUT, "gave way to newer %s", "handshakes");
+}
+
 /* A ClientHello: from a stranger, or from a live peer's address (a restarted client, or somebody who only writes that
- * address on his datagrams). It goes through DTLSv1_listen on the spare SSL: nothing is kept and nobody's connection is
- * touched before the cookie proves the address. */
+ * address on his datagrams). It goes through DTLSv1_listen on the spare SSL: nothing is kept before the cookie proves the
+ * address, and a live connection stays until the new handshake is done. */
 static void ep_hello(dtls_endpoint *ep, struct udp *u, const struct record *r, const dtls_addr *from,
                      const dtls_addr *to, dtls_conn *old)
 {
     bool full = ep->counters.conns >= (size_t)ep->cfg.max_conns && !old;
-    if (full || ep->counters.handshakes >= (size_t)ep->cfg.max_handshakes) {
-        ep_count(ep, DTLS_DROP_LIMIT);
-        return;
-    }
-    if (!ep->spare && !(ep->spare = conn_new(ep, true))) {
+    if (full || (!ep->spare && !(ep->spare = conn_new(ep, true)))) {
         ep_count(ep, DTLS_DROP_LIMIT);
         return;
     }
@@ -2513,6 +2651,7 @@ static void ep_hello(dtls_endpoint *ep, struct udp *u, const struct record *r, c
     c->udp = u;
     c->peer = *from;
     c->local = *to;
+    memcpy(c->hello_random, r->body + HANDSHAKE_HEADER + 2, HELLO_RANDOM);
     c->output = false;
     c->in = r->start; /* alone: OpenSSL 3.5 would work on what stands behind it in the datagram */
     c->in_len = r->size;
@@ -2530,9 +2669,11 @@ static void ep_hello(dtls_endpoint *ep, struct udp *u, const struct record *r, c
     }
 
     ep->spare = NULL;
-    if (old)
+    if (old && old->state == CONN_HANDSHAKE)
         conn_end(old, DTLS_CLOSE_REPLACED, "replaced by a new association from the same %s", "address");
-    if (ep->closed || ep_list(c) < 0) { /* the event above may have ended the endpoint */
+    if (ep->counters.handshakes >= (size_t)ep->cfg.max_handshakes)
+        ep_crowd_out(ep);
+    if (ep->closed || ep_list(c) < 0) { /* the log of the above may have ended the endpoint */
         ep_count(ep, DTLS_DROP_LIMIT);
         conn_destroy(&c->object);
         return;
@@ -2542,27 +2683,37 @@ static void ep_hello(dtls_endpoint *ep, struct udp *u, const struct record *r, c
     c->deadline = c->started + ep->cfg.handshake_timeout_ms * (int64_t)1000;
     c->in_sequence = r->sequence + 1;
     c->heard = true;
-    memcpy(c->hello_random, r->body + HANDSHAKE_HEADER + 2, HELLO_RANDOM);
     DTLS_set_timer_cb(c->ssl, conn_retransmit_us); /* listening cleared it */
     conn_drive(c);
+}
+
+/* A repeated one: of a handshake under way, or of a connection's own. */
+static bool ep_knows_hello(const dtls_conn *c, const struct record *r)
+{
+    for (; c; c = ep_next_same(c))
+        if (memcmp(c->hello_random, r->body + HANDSHAKE_HEADER + 2, HELLO_RANDOM) == 0)
+            return true;
+    return false;
 }
 
 static void ep_input(dtls_endpoint *ep, struct udp *u, const uint8_t *p, size_t n, const dtls_addr *from,
                      const dtls_addr *to)
 {
     struct record r;
-    dtls_conn *c = ep_find(ep, from, to);
+    dtls_conn *c = u && u->conn ? u->conn : ep_find(ep, from, to);
     ep->counters.datagrams_in++;
     if (ep->listening && (!c || c->server) && guard_client_hello(p, n, &r)) {
-        bool repeated = c && memcmp(c->hello_random, r.body + HANDSHAKE_HEADER + 2, HELLO_RANDOM) == 0;
-        if (repeated || r.sequence > HELLO_SEQUENCE_MAX)
+        if (r.sequence > HELLO_SEQUENCE_MAX || ep_knows_hello(c, &r))
             ep_count(ep, DTLS_DROP_HELLO); /* repeated: our own timer sends the flight again */
         else
             ep_hello(ep, u, &r, from, to, c);
-    } else if (c) {
-        conn_input(c, p, n);
-    } else {
+        return;
+    }
+    if (!c)
         ep_count(ep, DTLS_DROP_STRANGER);
+    for (dtls_conn *next; c; c = next) { /* where there are two, each takes what it has the keys for */
+        next = ep_next_same(c);
+        conn_input(c, p, n);
     }
 }
 
@@ -2599,8 +2750,10 @@ static struct udp *ep_bind(dtls_endpoint *ep, const dtls_addr *a, dtls_error *er
 {
     char text[DTLS_ADDR_TEXT];
     struct udp *u = udp_open(ep->loop, ep, &ep->sockets, a, NULL);
+    int error = errno;
     if (!u)
-        fail(err, DTLS_ERR_SYSTEM, "%s: %s", dtls_addr_format(a, text, sizeof text), strerror(errno));
+        fail(err, DTLS_ERR_SYSTEM, "%s: %s", dtls_addr_format(a, text, sizeof text), strerror(error));
+    errno = error;
     return u;
 }
 
@@ -2613,8 +2766,9 @@ static int ep_listen_everywhere(dtls_endpoint *ep, dtls_addr *a, dtls_error *err
         dtls_addr four = {.family = 4, .port = six ? six->local.port : a->port};
         if (!six && errno != EAFNOSUPPORT && errno != EADDRNOTAVAIL)
             return DTLS_ERR_SYSTEM; /* no IPv6 on this machine is no error, anything else is */
-        if (ep_covered(ep, &four) || ep_bind(ep, &four, err)) {
-            a->port = four.port;
+        struct udp *u = ep_covered(ep, &four) ? six : ep_bind(ep, &four, err);
+        if (u) {
+            a->port = u->local.port;
             return 0;
         }
         int error = errno;
@@ -2629,6 +2783,8 @@ static int ep_listen_everywhere(dtls_endpoint *ep, dtls_addr *a, dtls_error *err
 int dtls_endpoint_listen(dtls_endpoint *ep, dtls_addr *a, dtls_error *err)
 {
     int r = 0;
+    if (ep->closed)
+        return fail(err, DTLS_ERR_STATE, "the endpoint was freed");
     if (ep->cfg.send) {
         ep->listening = true;
         return 0;
@@ -2653,16 +2809,22 @@ int dtls_endpoint_listen(dtls_endpoint *ep, dtls_addr *a, dtls_error *err)
 
 /* Connecting. */
 
-/* The server's identity, checked by libssl against the subjectAltName only: RFC 6125 section 6.4.4 retires the CN. */
-static bool conn_expect(dtls_conn *c, const char *name, const dtls_addr *peer)
+/* The name as it stands in certificates: without the dot that may end a DNS name. NULL with *r: not one to look for. */
+static char *conn_copy_name(const char *name, int *r)
 {
-    X509_VERIFY_PARAM *param = SSL_get0_param(c->ssl);
-    X509_VERIFY_PARAM_set_hostflags(param, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS | X509_CHECK_FLAG_NEVER_CHECK_SUBJECT);
-    if (!name)
-        return X509_VERIFY_PARAM_set1_ip(param, peer->ip, peer->family == 4 ? 4 : 16) == 1;
-    if (X509_VERIFY_PARAM_set1_ip_asc(param, name) == 1)
-        return true;
-    return SSL_set_tlsext_host_name(c->ssl, name) == 1 && X509_VERIFY_PARAM_set1_host(param, name, 0) == 1;
+    size_t n = strlen(name);
+    *r = DTLS_ERR_ARG;
+    if (n > 1 && name[n - 1] == '.')
+        n--;
+    if (n == 0 || name[0] == '.' || n > 253)
+        return NULL;
+    char *copy = malloc(n + 1);
+    *r = copy ? 0 : DTLS_ERR_MEMORY;
+    if (copy) {
+        memcpy(copy, name, n);
+        copy[n] = 0;
+    }
+    return copy;
 }
 
 static int conn_start(dtls_conn *c, const dtls_target *t, dtls_error *err)
@@ -2681,16 +2843,20 @@ static int conn_start(dtls_conn *c, const dtls_target *t, dtls_error *err)
     }
     if (ep_find(ep, &c->peer, &c->local))
         return fail(err, DTLS_ERR_STATE, "%s: connected already", text);
-    if (!conn_expect(c, t->name, &t->peer))
-        return fail(err, DTLS_ERR_ARG, "%s: not a name to expect in a certificate", t->name ? t->name : text);
-    if (t->session && (SSL_set_session(c->ssl, t->session) != 1 || SSL_SESSION_up_ref(t->session) != 1))
-        return fail(err, DTLS_ERR_TLS, "%s: the session cannot be used here", text);
-    c->session = t->session;
+    int r = 0;
+    if (t->name && !(c->name = conn_copy_name(t->name, &r)))
+        return fail(err, r, "%.100s: not a name to expect in a certificate", t->name);
+    if (t->session && SSL_SESSION_up_ref(t->session) == 1)
+        c->session = t->session;
+    SSL *ssl = conn_client_ssl(c);
+    if (!ssl)
+        return fail(err, DTLS_ERR_TLS, "%s: OpenSSL does not take the name or the session", text);
+    SSL_free(c->ssl);
+    c->ssl = ssl;
     if (ep_list(c) < 0)
         return fail(err, DTLS_ERR_MEMORY, "out of memory");
-    SSL_set_connect_state(c->ssl);
     errors_clear();
-    int r = SSL_do_handshake(c->ssl); /* the ClientHello; cannot be done before an answer */
+    r = SSL_do_handshake(c->ssl); /* the ClientHello; cannot be done before an answer */
     int e = SSL_get_error(c->ssl, r);
     if (e == SSL_ERROR_WANT_READ || e == SSL_ERROR_WANT_WRITE)
         return 0;
@@ -2718,8 +2884,10 @@ dtls_conn *dtls_endpoint_connect(dtls_endpoint *ep, const dtls_target *t, dtls_e
         if (conn_start(c, t, err) == 0) {
             conn_arm(c);
         } else {
-            if (c->udp)
+            if (c->udp) {
+                c->udp->conn = NULL;
                 udp_free(c->udp);
+            }
             conn_destroy(&c->object);
             c = NULL;
         }
@@ -2922,7 +3090,7 @@ static int ctx_setup(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
                                  SSL_OP_CIPHER_SERVER_PREFERENCE);
     /* The chain comes from the file; building one for each handshake costs 8 % of it. */
     SSL_CTX_set_mode(ctx, SSL_MODE_NO_AUTO_CHAIN | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
-    SSL_CTX_set_max_cert_list(ctx, HANDSHAKE_LENGTH_MAX);
+    SSL_CTX_set_max_cert_list(ctx, CERTIFICATES_LENGTH_MAX);
     SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, NULL);
     SSL_CTX_set_cookie_generate_cb(ctx, cookie_generate);
     SSL_CTX_set_cookie_verify_cb(ctx, cookie_verify);

@@ -27,7 +27,8 @@
  *
  * Callbacks run inside dtls_loop_poll(), dtls_loop_run(), dtls_endpoint_input() or the call that caused them. They may
  * call anything in this header except dtls_loop_poll(), dtls_loop_run() and dtls_loop_free(); closing or freeing any
- * object from any callback is safe: memory goes away at the end of the turn.
+ * object from any callback is safe: memory goes away at the end of the turn. config.send alone runs in the middle of
+ * OpenSSL's work: it may post, but call nothing else here.
  *
  * Time is in milliseconds where a name ends in _ms. In the configuration 0 always means the default written beside the
  * field, and DTLS_NEVER switches a timer off.
@@ -204,14 +205,14 @@ typedef struct dtls_config {
     /* Sizes and limits. */
     int mtu_bytes;           /* 1,500: the link's MTU with IP and UDP headers, 256 to 65,535; sizes handshake flights */
     int max_conns;           /* 4,096, those in handshake included */
-    int max_handshakes;      /* 512 accepted handshakes in progress */
+    int max_handshakes;      /* 512 accepted handshakes in progress; one more ends the oldest */
     int datagrams_per_turn;  /* 64 read from one socket before the others get their turn */
     int send_queue_bytes;    /* 1,048,576 waiting per socket when the system will not take more */
     int socket_buffer_bytes; /* 1,048,576 asked for SO_RCVBUF and SO_SNDBUF; the system may give less */
     int session_cache;       /* 4,096 sessions kept for resumption by a server; DTLS_NEVER: none */
 
     /* A transport of your own: takes one datagram, returns 0, or not 0 if it cannot take it now. Then this endpoint
-     * opens no sockets; hand what arrives to dtls_endpoint_input(), but never from inside this call. */
+     * opens no sockets; hand what arrives to dtls_endpoint_input(), but never from inside this call: queue it. */
     int (*send)(void *user, const void *data, size_t len, const dtls_addr *from, const dtls_addr *to);
 } dtls_config;
 
@@ -228,7 +229,7 @@ typedef struct dtls_target {
     dtls_addr peer;
     dtls_addr local;                /* with a transport of your own: the address to send from; otherwise left zero */
     const char *name;               /* DNS name or IP that the server's certificate must have in its subjectAltName; */
-                                    /* NULL: the IP of peer */
+                                    /* NULL: the IP of peer. Copied. */
     struct ssl_session_st *session; /* from dtls_conn_session(), to resume; NULL: full handshake. Stays yours. */
     void *user;                     /* for dtls_conn_user() */
 } dtls_target;
@@ -256,7 +257,7 @@ typedef enum dtls_drop {
     DTLS_DROP_OVERSIZE,  /* larger than any record */
     DTLS_DROP_STRANGER,  /* neither a ClientHello nor from a known peer */
     DTLS_DROP_HELLO,     /* a ClientHello that is malformed, or repeated on a live connection */
-    DTLS_DROP_LIMIT,     /* max_conns or max_handshakes reached, or no memory for one more */
+    DTLS_DROP_LIMIT,     /* max_conns reached, or no memory */
     DTLS_DROP_EPOCH,     /* unprotected record on an established connection, or an epoch that cannot be */
     DTLS_DROP_SHORT,     /* protected record with no room for nonce and tag: fatal to OpenSSL */
     DTLS_DROP_ALERT,     /* unprotected alert during a handshake: anybody can send one */
@@ -289,9 +290,9 @@ typedef enum dtls_reason {
     DTLS_CLOSE_NONE,     /* not closed */
     DTLS_CLOSE_LOCAL,    /* dtls_conn_close(), dtls_endpoint_free() */
     DTLS_CLOSE_PEER,     /* the peer's close_notify */
-    DTLS_CLOSE_TIMEOUT,  /* the handshake did not finish in time */
+    DTLS_CLOSE_TIMEOUT,  /* the handshake did not finish in time, or gave way to newer ones */
     DTLS_CLOSE_IDLE,     /* nothing authentic came for idle_timeout_ms */
-    DTLS_CLOSE_REPLACED, /* the same address made a new association (RFC 6347 section 4.2.8) */
+    DTLS_CLOSE_REPLACED, /* the same address completed a new association (RFC 6347 section 4.2.8) */
     DTLS_CLOSE_REFUSED,  /* the peer refused: its alert, or ICMP says nobody is there */
     DTLS_CLOSE_VERIFY,   /* we refused the peer's certificate */
     DTLS_CLOSE_ERROR     /* a protocol error, a fatal alert, or no memory */
@@ -333,7 +334,8 @@ void dtls_conn_set_user(dtls_conn *conn, void *user);
 /* The session to resume later, from DTLS_EV_CONNECTED on: a reference that you free with SSL_SESSION_free(), or NULL. */
 struct ssl_session_st *dtls_conn_session(const dtls_conn *conn);
 
-/* The SSL, to look things up. Do not read, write, shut down or free it, and do not change its BIO. */
+/* The SSL, to look things up, from DTLS_EV_CONNECTED on (NULL before: a client may begin its handshake anew, on another).
+ * Do not read, write, shut down or free it, and do not change its BIO. */
 struct ssl_st *dtls_conn_ssl(const dtls_conn *conn);
 
 #ifdef __cplusplus

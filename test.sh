@@ -89,7 +89,7 @@ elif ! ASAN_OPTIONS=detect_leaks=1 "$scratch/try" 2>/dev/null; then
     say 'skip - leak detection: not on this system'
 fi
 
-export ASAN_OPTIONS="detect_leaks=$leaks:halt_on_error=1:abort_on_error=1:detect_stack_use_after_return=1"
+export ASAN_OPTIONS="detect_leaks=$leaks:halt_on_error=1:abort_on_error=1:detect_stack_use_after_return=1:max_free_fill_size=65536:free_fill_byte=221"
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1:abort_on_error=1
 export DTLS_BIN="$PWD/tests/build/dtls"
 export CERTS_DIR="$scratch/certs"

@@ -1619,6 +1619,28 @@ def terminal_messages_over_a_wrapped_line(t):
 
 
 @test
+def terminal_edits_a_wrapped_line(t):
+    server = t.server()
+    term = t.term(server, cols=30)
+    text = "some words that need more than one row, and then even a third one"
+    term.type(text)
+    term.prompts(text)
+    term.type("\x01")
+    before = ""
+    for char in "echo really ":
+        term.type(char)
+        before += char
+        term.prompts(before, text)
+    for _ in range(7):
+        term.type("\x7f")
+        before = before[:-1]
+        term.prompts(before, text)
+    term.type("\r")
+    term.shows(text)
+    term.prompts()
+
+
+@test
 def terminal_resize(t):
     server = t.server()
     term = t.term(server)

@@ -117,9 +117,12 @@ class Screen:
         """Exactly this text stands around the cursor, from the left margin on, and nothing below it."""
         _, x, y = layout(before, self.cols)
         rows, _, _ = layout(before + behind, self.cols)
-        here_x, here_y = (0, self.y + 1) if self.wrap_due else (self.x, self.y)
-        top = here_y - y
-        return here_x == x and top >= 0 and self.visible()[top:] == (rows + [""] * self.rows)[:self.rows - top]
+        places = [(self.x, self.y)]
+        if self.wrap_due:  # it shows in the last column, and the next character goes to the next row
+            places.append((0, self.y + 1))
+        return any(here_x == x and here_y >= y and
+                   self.visible()[here_y - y:] == (rows + [""] * self.rows)[:self.rows - here_y + y]
+                   for here_x, here_y in places)
 
     # ---- characters
 

@@ -464,8 +464,8 @@ static void test_guard(void)
         CHECK(guard(c, TYPE_HANDSHAKE, 1, body, 40) == -1);
     CHECK(guard(c, TYPE_HANDSHAKE, 1, body, 40) == DTLS_DROP_EARLY);
 
-    /* Handshake headers: type, length 4, sequence 1, offset 0, fragment 4. */
-    uint8_t m[32] = {16, 0, 0, 4, 0, 1, 0, 0, 0, 0, 0, 4, 1, 2, 3, 4};
+    /* Handshake headers: type, length 4, sequence 3, offset 0, fragment 4. */
+    uint8_t m[32] = {16, 0, 0, 4, 0, 3, 0, 0, 0, 0, 0, 4, 1, 2, 3, 4};
     CHECK(guard(c, TYPE_HANDSHAKE, 0, m, 16) == -1);
     CHECK(guard(c, TYPE_HANDSHAKE, 0, m, 15) == DTLS_DROP_HANDSHAKE);
     CHECK(guard(c, TYPE_HANDSHAKE, 0, m, 17) == DTLS_DROP_HANDSHAKE);
@@ -479,7 +479,9 @@ static void test_guard(void)
         CHECK(guard(c, TYPE_HANDSHAKE, 0, m, 16) == DTLS_DROP_HANDSHAKE);
         m[lies[i].at] = was;
     }
-    memcpy(m + 16, m, 16); /* two messages in one record */
+    memcpy(m + 16, m, 16); /* two messages in one record, the second a CertificateVerify */
+    m[16] = 15;
+    m[21] = 4;
     CHECK(guard(c, TYPE_HANDSHAKE, 0, m, 32) == -1);
     c->server = false;
     CHECK(guard(c, TYPE_HANDSHAKE, 0, m, 16) == DTLS_DROP_HANDSHAKE); /* no server sends a ClientKeyExchange */
