@@ -3234,40 +3234,35 @@ static int option_number(const char *text, int min, int max, int *value)
     return 0;
 }
 
-/* 0; or -1 with what is wrong with the value. */
-static int option_set(struct options *o, const char *name, const char *value, dtls_error *err)
+/* The options that take a value: one of the three fields is set. Returns 1 if name is none of them, 0, or an error. */
+static int option_value(struct options *o, const char *name, const char *value, dtls_error *err)
 {
     const struct {
-        const char *name;
-        const char **field;
-    } texts[] = {{"--certs", &o->certs}, {"--cert", &o->cert}, {"--key", &o->key}, {"--ca", &o->ca}, {"--name", &o->name}};
-    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
-        if (strcmp(name, texts[i].name) == 0) {
-            *texts[i].field = value;
-            return *value ? 0 : fail(err, DTLS_ERR_ARG, "%s: the value is empty", name);
-        }
-    }
-    if (strcmp(name, "--mtu") == 0)
-        return option_number(value, 256, 65535, &o->mtu) == 0
-                   ? 0
-                   : fail(err, DTLS_ERR_ARG, "%s %s: must be a number of bytes from 256 to 65535", name, value);
-    if (strcmp(name, "--max-clients") == 0)
-        return option_number(value, 1, 10000000, &o->max_clients) == 0
-                   ? 0
-                   : fail(err, DTLS_ERR_ARG, "%s %s: must be a number from 1 to 10000000", name, value);
-    if (option_seconds(value, strcmp(name, "--keepalive") == 0 ? &o->keepalive_ms : &o->idle_timeout_ms) == 0)
-        return 0;
-    return fail(err, DTLS_ERR_ARG, "%s %s: must be a number of seconds from 0 (never) to 1000000", name, value);
-}
-
-static bool option_takes_value(const char *name)
-{
-    static const char *const names[] = {"--certs", "--cert", "--key", "--ca", "--name", "--mtu", "--idle-timeout",
-                                        "--keepalive", "--max-clients"};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (strcmp(name, names[i]) == 0)
-            return true;
-    return false;
+        const char *name, **text;
+        int *seconds, *number, min, max;
+    } table[] = {{.name = "--certs", .text = &o->certs},
+                 {.name = "--cert", .text = &o->cert},
+                 {.name = "--key", .text = &o->key},
+                 {.name = "--ca", .text = &o->ca},
+                 {.name = "--name", .text = &o->name},
+                 {.name = "--idle-timeout", .seconds = &o->idle_timeout_ms},
+                 {.name = "--keepalive", .seconds = &o->keepalive_ms},
+                 {.name = "--mtu", .number = &o->mtu, .min = 256, .max = 65535},
+                 {.name = "--max-clients", .number = &o->max_clients, .min = 1, .max = 10000000}};
+    size_t i = 0, n = sizeof table / sizeof *table;
+    while (i < n && strcmp(name, table[i].name) != 0)
+        i++;
+    if (i == n)
+        return 1;
+    if (!value || !*value)
+        return fail(err, DTLS_ERR_ARG, "%s needs a value; see dtls --help", name);
+    if (table[i].text)
+        *table[i].text = value;
+    if (table[i].seconds && option_seconds(value, table[i].seconds) < 0)
+        return fail(err, DTLS_ERR_ARG, "%s %.100s: must be a number of seconds from 0 (never) to 1000000", name, value);
+    if (table[i].number && option_number(value, table[i].min, table[i].max, table[i].number) < 0)
+        return fail(err, DTLS_ERR_ARG, "%s %.100s: must be a number from %d to %d", name, value, table[i].min, table[i].max);
+    return 0;
 }
 
 /* argv[i] is an option: returns how many arguments it took, or an error. */
@@ -3277,12 +3272,9 @@ static int option_parse(struct options *o, int argc, char **argv, int i, dtls_er
     const char *equals = strchr(argv[i], '=');
     size_t len = equals ? (size_t)(equals - argv[i]) : strlen(argv[i]);
     snprintf(name, sizeof name, "%.*s", len < sizeof name ? (int)len : 0, argv[i]);
-    if (option_takes_value(name)) {
-        if (!equals && i + 1 == argc)
-            return fail(err, DTLS_ERR_ARG, "%s needs a value; see dtls --help", name);
-        int r = option_set(o, name, equals ? equals + 1 : argv[i + 1], err);
+    int r = option_value(o, name, equals ? equals + 1 : i + 1 < argc ? argv[i + 1] : NULL, err);
+    if (r <= 0)
         return r < 0 ? r : equals ? 1 : 2;
-    }
     if (strcmp(argv[i], "-v") == 0)
         o->level = DTLS_LOG_DEBUG;
     else if (strcmp(argv[i], "-q") == 0)
@@ -3870,7 +3862,8 @@ struct client {
     char host[256];
     dtls_addr addrs[CLIENT_ADDRS];
     int addrs_len, addrs_tried;
-    int attempts;    /* connections under way */
+    dtls_conn *tries[CLIENT_ADDRS]; /* connections under way */
+    int tries_len;
     dtls_conn *conn; /* the one that made it */
     SSL_SESSION *session;
     dtls_timer *next, *input_timer; /* the next address or round; pace and linger of the input */
@@ -3885,6 +3878,7 @@ struct client {
     char line[DTLS_MESSAGE_MAX];
     size_t line_len; /* may count beyond what is kept */
     unsigned long line_number;
+    int linger_ms;         /* after all was sent; 0: it was not */
     unsigned window, owed; /* lines not answered: since the last pause, and in all */
     bool line_ready, input_ended;
 };
@@ -3929,12 +3923,15 @@ static void client_end_of_input(void *user)
 static void client_input_later(struct client *cl)
 {
     bool all_sent = cl->input_ended && !cl->line_ready && cl->in_at == cl->in_len;
-    if (!all_sent)
+    int linger_ms = cl->owed ? LINGER_OWED_MS : LINGER_MS;
+    if (!all_sent) {
         dtls_timer_set(cl->input_timer, PACE_MS);
-    else if (cl->line_number == 0)
+    } else if (cl->line_number == 0) {
         client_finish(cl, 0);
-    else
-        dtls_timer_set(cl->input_timer, cl->owed ? LINGER_OWED_MS : LINGER_MS);
+    } else if (!cl->linger_ms || linger_ms < cl->linger_ms) { /* what others broadcast must not keep us */
+        cl->linger_ms = linger_ms;
+        dtls_timer_set(cl->input_timer, linger_ms);
+    }
 }
 
 static void client_line_sent(struct client *cl)
@@ -4052,8 +4049,9 @@ static void client_try_next(struct client *cl)
     dtls_error err;
     while (cl->addrs_tried < cl->addrs_len) {
         dtls_target t = {.peer = cl->addrs[cl->addrs_tried++], .name = cl->name, .session = cl->session};
-        if (dtls_endpoint_connect(cl->ep, &t, &err)) {
-            cl->attempts++;
+        dtls_conn *c = dtls_endpoint_connect(cl->ep, &t, &err);
+        if (c) {
+            cl->tries[cl->tries_len++] = c;
             if (cl->addrs_tried < cl->addrs_len)
                 dtls_timer_set(cl->next, STAGGER_MS);
             return;
@@ -4094,20 +4092,25 @@ static void client_next_timer(void *user)
         return;
     if (cl->addrs_tried < cl->addrs_len)
         client_try_next(cl);
-    else if (cl->attempts == 0)
+    else if (cl->tries_len == 0)
         client_round(cl);
-    if (!cl->conn && cl->attempts == 0)
+    if (!cl->conn && cl->tries_len == 0)
         client_failed(cl);
+}
+
+static void client_forget_try(struct client *cl, const dtls_conn *c)
+{
+    for (int i = 0; i < cl->tries_len; i++)
+        if (cl->tries[i] == c)
+            cl->tries[i] = cl->tries[--cl->tries_len];
 }
 
 static void client_connected(struct client *cl, dtls_conn *c)
 {
-    if (cl->conn) { /* another address was faster */
-        dtls_conn_close(c);
-        return;
-    }
+    client_forget_try(cl, c);
     cl->conn = c;
-    cl->attempts--;
+    while (cl->tries_len > 0) /* the other addresses were slower */
+        dtls_conn_close(cl->tries[0]);
     cl->backoff_ms = BACKOFF_FIRST_MS;
     cl->probes = 0;
     cl->greeted = false;
@@ -4133,11 +4136,11 @@ static void client_closed(struct client *cl, dtls_conn *c)
         client_failed(cl);
         return;
     }
-    cl->attempts--;
+    client_forget_try(cl, c);
     if (cl->conn || cl->finished)
         return;
     client_try_next(cl);
-    if (cl->attempts == 0)
+    if (cl->tries_len == 0)
         client_failed(cl);
 }
 
@@ -4295,7 +4298,7 @@ static int client_run(struct client *cl)
         return 1;
     cl->backoff_ms = BACKOFF_FIRST_MS;
     client_round(cl);
-    if (cl->attempts == 0)
+    if (cl->tries_len == 0)
         client_failed(cl);
     return dtls_loop_run(cl->loop) == 0 ? cl->status : complain(1, strerror(errno));
 }
