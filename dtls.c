@@ -132,8 +132,8 @@ struct signal_watch {
     void (*fn)(void *user, int signo);
     void *user;
     dtls_loop *loop;
-    dtls_watch *watch; /* epoll: on a signalfd */
-    bool was_blocked;  /* epoll: put back afterwards */
+    dtls_watch *watch;    /* epoll: on a signalfd */
+    bool was_blocked;     /* epoll: put back afterwards */
     struct sigaction was; /* kqueue: put back afterwards */
 };
 
@@ -467,8 +467,8 @@ static int fail(dtls_error *err, int code, const char *format, ...)
     return code;
 }
 
-/* All connections of a thread share OpenSSL's error queue: an entry left there turns the next one's WANT_READ into a fatal
- * error. Looking first is a tenth of an echo cheaper than clearing an empty queue on 3.0. */
+/* All connections of a thread share OpenSSL's error queue: an entry left there turns the next one's WANT_READ into a
+ * fatal error. Looking first is a tenth of an echo cheaper than clearing an empty queue on 3.0. */
 static void errors_clear(void)
 {
     if (ERR_peek_error())
@@ -482,9 +482,17 @@ const char *dtls_version(void)
 
 const char *dtls_strerror(int code)
 {
-    static const char *const text[] = {
-        "success",          "bad argument",         "not an address", "out of memory", "system error",     "bad certificate",
-        "OpenSSL refused", "not possible in this state", "message empty or too long", "send queue full", "limit reached"};
+    static const char *const text[] = {"success",
+                                       "bad argument",
+                                       "not an address",
+                                       "out of memory",
+                                       "system error",
+                                       "bad certificate",
+                                       "OpenSSL refused",
+                                       "not possible in this state",
+                                       "message empty or too long",
+                                       "send queue full",
+                                       "limit reached"};
     return code > 0 || code < DTLS_ERR_LIMIT ? "unknown error" : text[-code];
 }
 
@@ -670,7 +678,8 @@ static uint64_t load64(const uint8_t *p, size_t n)
 static uint64_t siphash(const uint8_t key[16], const uint8_t *data, size_t len)
 {
     uint64_t k0 = load64(key, 8), k1 = load64(key + 8, 8), last = (uint64_t)len << 56;
-    uint64_t v[4] = {k0 ^ 0x736f6d6570736575, k1 ^ 0x646f72616e646f6d, k0 ^ 0x6c7967656e657261, k1 ^ 0x7465646279746573};
+    uint64_t v[4] = {k0 ^ 0x736f6d6570736575, k1 ^ 0x646f72616e646f6d, k0 ^ 0x6c7967656e657261,
+                     k1 ^ 0x7465646279746573};
     for (; len >= 8; data += 8, len -= 8) {
         uint64_t m = load64(data, 8);
         v[3] ^= m;
@@ -1194,7 +1203,8 @@ static void udp_fill(struct udp *u, struct msghdr *m, struct iovec *iov, struct 
         udp_put_local(m, c, &o->from);
 }
 
-/* Sends up to BATCH_OUT; returns how many are done with: taken by the system or given up. Less: it takes no more now. */
+/* Sends up to BATCH_OUT; returns how many are done with, taken by the system or given up. Less: it takes no more now.
+ */
 static unsigned udp_send_batch(struct udp *u, const struct outgoing *o, unsigned n)
 {
     batch_msg msgs[BATCH_OUT];
@@ -1325,8 +1335,10 @@ static void udp_readable(struct udp *u)
         for (unsigned i = 0; i < want; i++) {
             struct msghdr *m = &io->in_msgs[i].msg_hdr;
             io->in_iov[i] = (struct iovec){io->in[i], DATAGRAM_MAX};
-            *m = (struct msghdr){.msg_name = &io->in_from[i], .msg_namelen = sizeof io->in_from[i],
-                                 .msg_iov = &io->in_iov[i], .msg_iovlen = 1};
+            *m = (struct msghdr){.msg_name = &io->in_from[i],
+                                 .msg_namelen = sizeof io->in_from[i],
+                                 .msg_iov = &io->in_iov[i],
+                                 .msg_iovlen = 1};
             if (u->wildcard) {
                 m->msg_control = io->in_control[i].bytes;
                 m->msg_controllen = CONTROL_BYTES;
@@ -1433,7 +1445,7 @@ static struct udp *udp_open(dtls_loop *l, dtls_endpoint *ep, struct object *list
 enum {
     RECORD_HEADER = 13, /* type, version, epoch, sequence number, length: RFC 6347 section 4.1 */
     RECORD_BODY_MAX = 16384 + 256,
-    HANDSHAKE_HEADER = 12, /* type, length, message_seq, fragment offset, fragment length: section 4.2.2 */
+    HANDSHAKE_HEADER = 12,           /* type, length, message_seq, fragment offset, fragment length: section 4.2.2 */
     CERTIFICATES_LENGTH_MAX = 32768, /* a long chain */
     HELLO_LENGTH_MAX = 4096,
     KEY_LENGTH_MAX = 2048, /* a signature of RSA-16384 */
@@ -1467,7 +1479,7 @@ enum {
     RESTARTS_MAX = 5,     /* after failures here; stalls are bounded by the deadline */
     RESTARTS_REFUSED = 2, /* after alerts that may be about a damaged message */
     NO_ALERT = -1,
-    QUIET_MS = 1000,      /* no traffic for so long: libssl's record buffers, 33 KB, go back */
+    QUIET_MS = 1000, /* no traffic for so long: libssl's record buffers, 33 KB, go back */
     MTU_FALLBACK_1 = 1280,
     MTU_FALLBACK_2 = 576,
     IP4_UDP_HEADERS = 28,
@@ -1503,7 +1515,7 @@ struct dtls_conn {
     bool in_renumber, in_peek;
     uint64_t in_sequence; /* next number for a renumbered record */
     unsigned early, restarts, fallbacks;
-    int mtu; /* the link's, as far as known */
+    int mtu;     /* the link's, as far as known */
     bool output; /* libssl wrote a datagram since this was cleared */
 
     uint8_t hello_random[HELLO_RANDOM];
@@ -1513,13 +1525,13 @@ struct dtls_conn {
     int hint_alert;            /* by this alert, or NO_ALERT */
     OSSL_HANDSHAKE_STATE step; /* of libssl's handshake, and since when */
     int64_t step_at;
-    SSL_SESSION *session;      /* a client's to resume, while in handshake */
-    char *name;                /* a client expects it in the certificate; NULL: the peer's IP address */
-    int64_t answer_us;         /* until the first plausible answer: about a round trip */
-    bool heard;                /* a plausible record came */
-    bool answered;             /* a client's first ClientHello was */
-    int64_t restart_at;        /* a client's SSL failed: when the next one takes over; 0: it did not */
-    bool buffers, used;        /* libssl's record buffers are there; were used since the timer last looked */
+    SSL_SESSION *session; /* a client's to resume, while in handshake */
+    char *name;           /* a client expects it in the certificate; NULL: the peer's IP address */
+    int64_t answer_us;    /* until the first plausible answer: about a round trip */
+    bool heard;           /* a plausible record came */
+    bool answered;        /* a client's first ClientHello was */
+    int64_t restart_at;   /* a client's SSL failed: when the next one takes over; 0: it did not */
+    bool buffers, used;   /* libssl's record buffers are there; were used since the timer last looked */
     int64_t last_in, idle_raised;
     uint64_t messages_in, messages_out, bytes_in, bytes_out;
 
@@ -1645,11 +1657,12 @@ static void guard_hint(dtls_conn *c, int alert, const char *format, const char *
 
 static bool guard_is_hello(const struct record *r)
 {
-    return r->epoch == 0 && r->type == TYPE_HANDSHAKE && (r->body[0] == SERVER_HELLO || r->body[0] == HELLO_VERIFY_REQUEST);
+    return r->epoch == 0 && r->type == TYPE_HANDSHAKE &&
+           (r->body[0] == SERVER_HELLO || r->body[0] == HELLO_VERIFY_REQUEST);
 }
 
-/* After a new start, what the server sent in the last handshake still arrives; a message of it that libssl keeps for later
- * would spoil this one. Neither side can tell them apart, but only the right ones come in this order. */
+/* After a new start, what the server sent in the last handshake still arrives; a message of it that libssl keeps for
+ * later would spoil this one. Nobody can tell them apart, but only the right ones come in this order. */
 static bool guard_leftover(const dtls_conn *c, const struct record *r)
 {
     if (c->server || SSL_get_state(c->ssl) != TLS_ST_CW_CLNT_HELLO)
@@ -1706,10 +1719,11 @@ static bool guard_client_hello(const uint8_t *p, size_t n, struct record *r)
            r->body_len >= HANDSHAKE_HEADER + 2 + HELLO_RANDOM && r->body[0] == CLIENT_HELLO && load24(r->body + 6) == 0;
 }
 
-/* What fits into one datagram of a handshake. */
+/* What fits into one datagram of a handshake; never more than any receiver's buffer for a record. */
 static size_t conn_mtu(const dtls_conn *c)
 {
-    return (size_t)c->mtu - (c->peer.family == 4 ? IP4_UDP_HEADERS : IP6_UDP_HEADERS);
+    int n = c->mtu - (c->peer.family == 4 ? IP4_UDP_HEADERS : IP6_UDP_HEADERS);
+    return (size_t)(n < DTLS_MESSAGE_MAX ? n : DTLS_MESSAGE_MAX);
 }
 
 static int conn_output(dtls_conn *c, const void *data, size_t len);
@@ -1771,8 +1785,8 @@ static long bio_ctrl(BIO *b, int cmd, long num, void *ptr)
     case BIO_CTRL_DGRAM_SET_PEEK_MODE:
         c->in_peek = num != 0;
         return 1;
-    default: /* SET_NEXT_TIMEOUT, SET_CONNECTED, GET_PEER, SET_PEER, WPENDING, PUSH, POP, GET_KTLS_SEND and _RECV (73, 76),
-              * and whatever comes: we know our peer and our timer ourselves, nothing waits, no KTLS */
+    default: /* SET_NEXT_TIMEOUT, SET_CONNECTED, GET_PEER, SET_PEER, WPENDING, PUSH, POP, GET_KTLS_SEND and _RECV (73, 76)
+                and whatever comes: we know our peer and our timer ourselves, nothing waits, no KTLS */
         return 0;
     }
 }
@@ -1828,8 +1842,8 @@ static int conn_send_datagram(dtls_conn *c, const void *data, size_t len)
 }
 
 /* libssl sends a flight again with a datagram for each message, so that under loss one is always missing. Between
- * flight_begin() and flight_end() its datagrams are packed, as many as the MTU holds. One that the transport refuses then
- * counts as lost: the timer sends it again. */
+ * flight_begin() and flight_end() its datagrams are packed, as many as the MTU holds. One that the transport refuses
+ * then counts as lost: the timer sends it again. */
 static void flight_begin(dtls_conn *c)
 {
     c->ep->packing = c->state == CONN_HANDSHAKE;
@@ -1855,10 +1869,10 @@ static int conn_output(dtls_conn *c, const void *data, size_t len)
     dtls_endpoint *ep = c->ep;
     size_t room = conn_mtu(c);
     c->output = true;
-    if (!ep->packing || len > room)
-        return conn_send_datagram(c, data, len);
     if (ep->flight_len + len > room)
         flight_flush(c);
+    if (!ep->packing || len > room)
+        return conn_send_datagram(c, data, len);
     memcpy(ep->flight + ep->flight_len, data, len);
     ep->flight_len += len;
     return 0;
@@ -1899,7 +1913,11 @@ static dtls_conn *conn_new(dtls_endpoint *ep, bool server)
     dtls_conn *c = calloc(1, sizeof *c);
     if (!c)
         return NULL;
-    *c = (dtls_conn){.object.destroy = conn_destroy, .ep = ep, .loop = ep->loop, .server = server, .buffers = true,
+    *c = (dtls_conn){.object.destroy = conn_destroy,
+                     .ep = ep,
+                     .loop = ep->loop,
+                     .server = server,
+                     .buffers = true,
                      .mtu = ep->cfg.mtu_bytes};
     list_init(&c->object);
     if (timer_init(c->loop, &c->timer, conn_timer, c) < 0) {
@@ -1941,8 +1959,8 @@ static int64_t conn_stalled_at(const dtls_conn *c)
     return c->server || !c->heard ? INT64_MAX : c->step_at + patience + 2 * c->answer_us;
 }
 
-/* Sets the one timer to the earliest deadline. While open, deadlines only move later when messages come, so the timer is
- * left alone then and looks again when it fires. */
+/* Sets the one timer to the earliest deadline. While open, deadlines only move later when messages come, so the timer
+ * is left alone then and looks again when it fires. */
 static void conn_arm(dtls_conn *c)
 {
     int64_t now = loop_now(c->loop), at;
@@ -2031,12 +2049,13 @@ static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, const
         conn_raise(c, DTLS_EV_CLOSED, NULL, 0);
 }
 
-/* The server's identity, checked against the subjectAltName only: RFC 6125 section 6.4.4 retires the common name. libssl
- * does that in a full handshake; a resumed one verifies nothing, so there it is up to us. */
+/* The server's identity, checked against the subjectAltName only: RFC 6125 section 6.4.4 retires the common name.
+ * libssl does that in a full handshake; a resumed one verifies nothing, so there it is up to us. */
 
 enum { NAME_FLAGS = X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS | X509_CHECK_FLAG_NEVER_CHECK_SUBJECT };
 
-/* The IP address that is expected, if it is no name: its length. Not OpenSSL's own parser, which takes "127.0.0.1 x". */
+/* The IP address that is expected, if it is no name: its length. Not OpenSSL's own parser, which takes "127.0.0.1 x".
+ */
 static size_t conn_expected_ip(const dtls_conn *c, uint8_t ip[16])
 {
     memcpy(ip, c->peer.ip, 16);
@@ -2060,8 +2079,7 @@ static bool conn_is_expected(const dtls_conn *c, X509 *cert)
 {
     uint8_t ip[16];
     size_t ip_len = conn_expected_ip(c, ip);
-    return ip_len ? X509_check_ip(cert, ip, ip_len, 0) == 1
-                  : X509_check_host(cert, c->name, 0, NAME_FLAGS, NULL) == 1;
+    return ip_len ? X509_check_ip(cert, ip, ip_len, 0) == 1 : X509_check_host(cert, c->name, 0, NAME_FLAGS, NULL) == 1;
 }
 
 /* A new SSL for a client's handshake, the first one or one more. */
@@ -2077,9 +2095,9 @@ static SSL *conn_client_ssl(dtls_conn *c)
     return NULL;
 }
 
-/* Plaintext handshake messages may arrive damaged or forged: the peer that stumbles over one forgets the handshake, and
- * RFC 6347 has no way back. So a client begins anew, under the same deadline and from the same port; the server's cookie
- * exchange lets it replace what is left of the first try. */
+/* Plaintext handshake messages may arrive damaged or forged: the peer that stumbles over one forgets the handshake,
+ * and RFC 6347 has no way back. So a client begins anew, under the same deadline and from the same port; the server's
+ * cookie exchange lets it replace what is left of the first try. */
 static bool conn_restart(dtls_conn *c)
 {
     SSL *ssl = conn_client_ssl(c);
@@ -2126,7 +2144,7 @@ static void conn_fail(dtls_conn *c)
                  X509_verify_cert_error_string(SSL_get_verify_result(c->ssl)));
     else if (reason == SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE)
         conn_end(c, DTLS_CLOSE_VERIFY, "certificate refused: %s", "peer sent no certificate");
-    else if (reason >= SSL_AD_REASON_OFFSET)
+    else if (reason > SSL_AD_REASON_OFFSET && reason <= SSL_AD_REASON_OFFSET + UINT8_MAX)
         conn_end(c, DTLS_CLOSE_ERROR, "the peer sent %s", text);
     else
         conn_end(c, DTLS_CLOSE_ERROR, "protocol error: %s", text);
@@ -2139,7 +2157,8 @@ static void conn_read_name(dtls_conn *c, X509 *cert)
     unsigned char *utf8 = NULL;
     int n = at < 0 ? -1 : ASN1_STRING_to_UTF8(&utf8, X509_NAME_ENTRY_get_data(X509_NAME_get_entry(subject, at)));
     for (int i = 0; i < n && i < NAME_MAX_BYTES; i++) /* a name may hold anything: keep logs one line each */
-        c->peer_name[i] = (char)(utf8[i] < 0x20 || utf8[i] == 0x7f || (utf8[i] == 0xc2 && utf8[i + 1] < 0xa0) ? '?' : utf8[i]);
+        c->peer_name[i] =
+            (char)(utf8[i] < 0x20 || utf8[i] == 0x7f || (utf8[i] == 0xc2 && utf8[i + 1] < 0xa0) ? '?' : utf8[i]);
     OPENSSL_free(utf8);
 }
 
@@ -2187,8 +2206,8 @@ static void conn_open(dtls_conn *c)
     else
         c->ep->counters.handshakes_full++;
     conn_arm(c);
-    ep_log(c->ep, DTLS_LOG_INFO, "%s connected: %s, %s, %s", dtls_addr_format(&c->peer, peer, sizeof peer), c->peer_name,
-           SSL_get_cipher_name(c->ssl), c->resumed ? "resumed session" : "full handshake");
+    ep_log(c->ep, DTLS_LOG_INFO, "%s connected: %s, %s, %s", dtls_addr_format(&c->peer, peer, sizeof peer),
+           c->peer_name, SSL_get_cipher_name(c->ssl), c->resumed ? "resumed session" : "full handshake");
     if (c->state == CONN_OPEN) /* the log may have ended it */
         conn_raise(c, DTLS_EV_CONNECTED, NULL, 0);
 }
@@ -2307,7 +2326,8 @@ static void conn_input(dtls_conn *c, const uint8_t *p, size_t n)
         conn_give(c, run, (size_t)(p - run), false);
 }
 
-/* An error on a socket. On a client's own it may be ICMP's word that nobody is there: a hint, until the peer answered. */
+/* An error on a socket. On a client's own it may be ICMP's word that nobody is there: a hint, until the peer
+ * answered. */
 static void udp_error(struct udp *u, int error)
 {
     dtls_conn *c = u->conn;
@@ -2320,9 +2340,15 @@ static void udp_error(struct udp *u, int error)
 /* Whether the peer's alert may be about a damaged or forged message, and not about who we are. */
 static bool conn_may_be_damage(const dtls_conn *c)
 {
-    static const int final[] = {NO_ALERT, SSL_AD_CLOSE_NOTIFY, SSL_AD_UNSUPPORTED_CERTIFICATE, SSL_AD_CERTIFICATE_REVOKED,
-                                SSL_AD_CERTIFICATE_EXPIRED, SSL_AD_UNKNOWN_CA, SSL_AD_ACCESS_DENIED,
-                                SSL_AD_PROTOCOL_VERSION, SSL_AD_INSUFFICIENT_SECURITY};
+    static const int final[] = {NO_ALERT,
+                                SSL_AD_CLOSE_NOTIFY,
+                                SSL_AD_UNSUPPORTED_CERTIFICATE,
+                                SSL_AD_CERTIFICATE_REVOKED,
+                                SSL_AD_CERTIFICATE_EXPIRED,
+                                SSL_AD_UNKNOWN_CA,
+                                SSL_AD_ACCESS_DENIED,
+                                SSL_AD_PROTOCOL_VERSION,
+                                SSL_AD_INSUFFICIENT_SECURITY};
     for (size_t i = 0; i < sizeof final / sizeof *final; i++)
         if (c->hint_alert == final[i])
             return false;
@@ -2493,8 +2519,8 @@ static void ep_log(dtls_endpoint *ep, dtls_log level, const char *format, ...)
     ep->cfg.on_log(ep->cfg.user, level, line);
 }
 
-/* The connection table: chained, hashed by the peer's address and compared by both, since one peer may talk to two of ours
- * from one port. */
+/* The connection table: chained, hashed by the peer's address and compared by both, since one peer may talk to two of
+ * ours from one port. */
 
 static size_t ep_slot(const dtls_endpoint *ep, const dtls_addr *peer)
 {
@@ -2577,8 +2603,8 @@ static void ep_replace(dtls_conn *c)
         conn_end(old, DTLS_CLOSE_REPLACED, "replaced by a new association from the same %s", "address");
 }
 
-/* Cookies: RFC 6347 section 4.2.1. The address pair and the client's random, so that a cookie is good for one ClientHello,
- * under a secret that changes; the one before stays valid. */
+/* Cookies: RFC 6347 section 4.2.1. The address pair and the client's random, so that a cookie is good for one
+ * ClientHello, under a secret that changes; the one before stays valid. */
 
 static void cookie_make(const dtls_conn *c, const uint8_t secret[COOKIE_SECRET], uint8_t cookie[COOKIE_BYTES])
 {
@@ -2637,12 +2663,13 @@ static void ep_crowd_out(dtls_endpoint *ep)
 }
 
 /* A ClientHello: from a stranger, or from a live peer's address (a restarted client, or somebody who only writes that
- * address on his datagrams). It goes through DTLSv1_listen on the spare SSL: nothing is kept before the cookie proves the
- * address, and a live connection stays until the new handshake is done. */
+ * address on his datagrams). It goes through DTLSv1_listen on the spare SSL: nothing is kept before the cookie proves
+ * the address, and a live connection stays until the new handshake is done. */
 static void ep_hello(dtls_endpoint *ep, struct udp *u, const struct record *r, const dtls_addr *from,
                      const dtls_addr *to, dtls_conn *old)
 {
-    bool full = ep->counters.conns >= (size_t)ep->cfg.max_conns && !old;
+    size_t conns = (size_t)ep->cfg.max_conns;
+    bool full = !old && ep->counters.conns - ep->counters.handshakes >= conns;
     if (full || (!ep->spare && !(ep->spare = conn_new(ep, true)))) {
         ep_count(ep, DTLS_DROP_LIMIT);
         return;
@@ -2671,7 +2698,7 @@ static void ep_hello(dtls_endpoint *ep, struct udp *u, const struct record *r, c
     ep->spare = NULL;
     if (old && old->state == CONN_HANDSHAKE)
         conn_end(old, DTLS_CLOSE_REPLACED, "replaced by a new association from the same %s", "address");
-    if (ep->counters.handshakes >= (size_t)ep->cfg.max_handshakes)
+    if (ep->counters.handshakes >= (size_t)ep->cfg.max_handshakes || (!old && ep->counters.conns >= conns))
         ep_crowd_out(ep);
     if (ep->closed || ep_list(c) < 0) { /* the log of the above may have ended the endpoint */
         ep_count(ep, DTLS_DROP_LIMIT);
@@ -2757,8 +2784,8 @@ static struct udp *ep_bind(dtls_endpoint *ep, const dtls_addr *a, dtls_error *er
     return u;
 }
 
-/* "[::]:p" means every address, so it takes two sockets on one port. With port 0 the IPv6 socket's pick may be taken for
- * IPv4; then the pair is tried again. */
+/* "[::]:p" means every address, so it takes two sockets on one port. With port 0 the IPv6 socket's pick may be taken
+ * for IPv4; then the pair is tried again. */
 static int ep_listen_everywhere(dtls_endpoint *ep, dtls_addr *a, dtls_error *err)
 {
     for (int tries = 16; tries > 0; tries--) {
@@ -2913,9 +2940,9 @@ void dtls_endpoint_counters(const dtls_endpoint *ep, dtls_counters *counters)
 
 const char *dtls_drop_name(dtls_drop reason)
 {
-    static const char *const names[DTLS_DROP_COUNT] = {"malformed", "oversize",  "stranger", "hello", "limit",
-                                                       "epoch",     "short",     "alert",    "data",  "handshake",
-                                                       "early",     "send"};
+    static const char *const names[DTLS_DROP_COUNT] = {"malformed", "oversize",  "stranger", "hello",
+                                                       "limit",     "epoch",     "short",    "alert",
+                                                       "data",      "handshake", "early",    "send"};
     return (unsigned)reason < DTLS_DROP_COUNT ? names[reason] : "unknown";
 }
 
@@ -3085,7 +3112,8 @@ static int ctx_setup(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
         SSL_CTX_set_max_proto_version(ctx, DTLS1_2_VERSION) != 1 ||
         SSL_CTX_set_cipher_list(ctx, "ECDHE+AESGCM:ECDHE+CHACHA20") != 1)
         return fail(err, DTLS_ERR_TLS, "this OpenSSL has no DTLS 1.2 with ECDHE and AEAD suites");
-    /* A ticket carries the client's certificate: a ClientHello above 1 KB and much CPU. The cache below does it better. */
+    /* A ticket carries the client's certificate: a ClientHello above 1 KB and much CPU. The cache below does it
+     * better. */
     SSL_CTX_set_options(ctx, SSL_OP_NO_TICKET | SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION |
                                  SSL_OP_CIPHER_SERVER_PREFERENCE);
     /* The chain comes from the file; building one for each handshake costs 8 % of it. */
@@ -3165,16 +3193,16 @@ dtls_endpoint *dtls_endpoint_new(dtls_loop *l, const dtls_config *config, dtls_e
 enum {
     EXIT_USAGE = 2,
     PATH_BYTES = 1024,
-    CLIENT_ADDRS = 16,       /* resolved addresses that a client tries */
-    STAGGER_MS = 1000,       /* one address silent for so long: the next is tried beside it */
-    PROBE_MS = 5000,         /* between probes of a silent server, at most */
-    PROBES = 3,              /* unanswered before it counts as gone */
-    BACKOFF_FIRST_MS = 500,  /* before reconnecting, doubling */
+    CLIENT_ADDRS = 16,      /* resolved addresses that a client tries */
+    STAGGER_MS = 1000,      /* one address silent for so long: the next is tried beside it */
+    PROBE_MS = 5000,        /* between probes of a silent server, at most */
+    PROBES = 3,             /* unanswered before it counts as gone */
+    BACKOFF_FIRST_MS = 500, /* before reconnecting, doubling */
     BACKOFF_MAX_MS = 30000,
-    WINDOW_LINES = 32,       /* lines from a file or pipe that may wait for their answer */
-    PACE_MS = 200,           /* no answer for so long: the server does not answer every line */
-    LINGER_MS = 200,         /* after the last answer, for one more */
-    LINGER_OWED_MS = 2000,   /* for answers still missing */
+    WINDOW_LINES = 32,     /* lines from a file or pipe that may wait for their answer */
+    PACE_MS = 200,         /* no answer for so long: the server does not answer every line */
+    LINGER_MS = 200,       /* after the last answer, for one more */
+    LINGER_OWED_MS = 2000, /* for answers still missing */
     INPUT_BYTES = 65536
 };
 
@@ -3261,7 +3289,8 @@ static int option_value(struct options *o, const char *name, const char *value, 
     if (table[i].seconds && option_seconds(value, table[i].seconds) < 0)
         return fail(err, DTLS_ERR_ARG, "%s %.100s: must be a number of seconds from 0 (never) to 1000000", name, value);
     if (table[i].number && option_number(value, table[i].min, table[i].max, table[i].number) < 0)
-        return fail(err, DTLS_ERR_ARG, "%s %.100s: must be a number from %d to %d", name, value, table[i].min, table[i].max);
+        return fail(err, DTLS_ERR_ARG, "%s %.100s: must be a number from %d to %d", name, value, table[i].min,
+                    table[i].max);
     return 0;
 }
 
@@ -3384,8 +3413,11 @@ static enum command command_parse(const char *data, size_t len, const char **tex
         const char *name;
         enum command command;
         bool takes_text;
-    } commands[] = {{"ping", COMMAND_PING, false},   {"echo", COMMAND_ECHO, true}, {"whoami", COMMAND_WHOAMI, false},
-                    {"stats", COMMAND_STATS, false}, {"bc", COMMAND_BC, true}};
+    } commands[] = {{"ping", COMMAND_PING, false},
+                    {"echo", COMMAND_ECHO, true},
+                    {"whoami", COMMAND_WHOAMI, false},
+                    {"stats", COMMAND_STATS, false},
+                    {"bc", COMMAND_BC, true}};
     if (len > 0 && data[len - 1] == '\n')
         len--;
     if (len > 0 && data[len - 1] == '\r')
@@ -3453,8 +3485,7 @@ static void server_stats_line(dtls_conn *c, void *user)
     char line[512], addr[DTLS_ADDR_TEXT];
     dtls_info i;
     dtls_conn_info(c, &i);
-    int n = snprintf(line, sizeof line,
-                     "%s %s, %lld s, in %llu messages %llu bytes, out %llu messages %llu bytes%s",
+    int n = snprintf(line, sizeof line, "%s %s, %lld s, in %llu messages %llu bytes, out %llu messages %llu bytes%s",
                      dtls_addr_format(&i.peer, addr, sizeof addr), i.peer_name, (long long)(i.age_ms / 1000),
                      (unsigned long long)i.messages_in, (unsigned long long)i.bytes_in,
                      (unsigned long long)i.messages_out, (unsigned long long)i.bytes_out, i.resumed ? ", resumed" : "");
@@ -3542,7 +3573,8 @@ static int server_listen(struct server *s, dtls_addr *addrs, int n)
         int r = dtls_endpoint_listen(s->ep, &addrs[i], &err);
         if (r < 0) {
             bool used = strstr(err.text, strerror(EADDRINUSE)) != NULL;
-            fprintf(stderr, "dtls: %s%s\n", err.text, used ? "; another program has this port: use another or stop it" : "");
+            fprintf(stderr, "dtls: %s%s\n", err.text,
+                    used ? "; another program has this port: use another or stop it" : "");
             return 1;
         }
         snprintf(line, sizeof line, r ? "skipped %s: an address given before covers it" : "listening on %s",
@@ -3583,8 +3615,8 @@ static int server_main(const struct options *o)
     return status;
 }
 
-/* The line editor: libedit in the loop. It reads from our buffer one whole key at a time and never from the terminal, so
- * it never blocks. */
+/* The line editor: libedit in the loop. It reads from our buffer one whole key at a time and never from the terminal,
+ * so it never blocks. */
 
 struct editor {
     EditLine *el;
@@ -3656,7 +3688,8 @@ static size_t editor_key_length(const unsigned char *p, size_t n)
     return n > 64 ? n : 0;
 }
 
-/* Function keys and the marks around a paste, ESC [ and at least two digits: libedit knows none and would type their tail. */
+/* Function keys and the marks around a paste, ESC [ and at least two digits: libedit knows none and would type their
+ * tail. */
 static bool editor_unknown_key(const unsigned char *p, size_t n)
 {
     return n > 4 && p[0] == 27 && p[1] == '[' && p[n - 1] == '~' && isdigit(p[2]) && isdigit(p[3]);
@@ -3945,8 +3978,8 @@ static bool client_send_line(struct client *cl)
 {
     char text[96];
     if (cl->line_len > DTLS_MESSAGE_MAX) {
-        snprintf(text, sizeof text, "dtls: line %lu is %zu bytes, more than %d: not sent", cl->line_number, cl->line_len,
-                 DTLS_MESSAGE_MAX);
+        snprintf(text, sizeof text, "dtls: line %lu is %zu bytes, more than %d: not sent", cl->line_number,
+                 cl->line_len, DTLS_MESSAGE_MAX);
         client_say(cl, text);
         cl->status = 1;
     } else if (cl->line_len > 0) {
@@ -4074,8 +4107,8 @@ static void client_failed(struct client *cl)
     if (cl->finished)
         return;
     if (!cl->editor) {
-        fprintf(stderr, "dtls: %s: %s: %s\n", cl->options->addrs[0], cl->was_connected ? "connection lost" : "could not connect",
-                cl->why);
+        fprintf(stderr, "dtls: %s: %s: %s\n", cl->options->addrs[0],
+                cl->was_connected ? "connection lost" : "could not connect", cl->why);
         client_finish(cl, 1);
         return;
     }

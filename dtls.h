@@ -47,8 +47,8 @@ extern "C" {
 #define DTLS_NEVER (-1)
 #define DTLS_MESSAGE_MAX 16384 /* bytes in one message: one DTLS record, RFC 6347 section 4.1 */
 
-struct sockaddr;       /* <sys/socket.h> */
-struct ssl_st;         /* OpenSSL's SSL, SSL_CTX and SSL_SESSION, so that this header needs none of OpenSSL's */
+struct sockaddr; /* <sys/socket.h> */
+struct ssl_st;   /* OpenSSL's SSL, SSL_CTX and SSL_SESSION, so that this header needs none of OpenSSL's */
 struct ssl_ctx_st;
 struct ssl_session_st;
 
@@ -132,7 +132,8 @@ int dtls_loop_run(dtls_loop *loop);
 void dtls_loop_stop(dtls_loop *loop);
 
 /* One turn: waits up to timeout_ms (-1: until something happens, 0: not at all; never past the next timer), runs what
- * is due, sends what was queued, frees what was closed. Returns 0 or a negative error; DTLS_ERR_STATE from a callback. */
+ * is due, sends what was queued, frees what was closed. Returns 0 or a negative error; DTLS_ERR_STATE from a
+ * callback. */
 int dtls_loop_poll(dtls_loop *loop, int timeout_ms);
 
 /* For embedding: the one descriptor that becomes readable when dtls_loop_poll(loop, 0) has something to do. Watch it
@@ -158,8 +159,8 @@ enum { DTLS_READ = 1, DTLS_WRITE = 2 };
 
 /* Calls fn while fd is readable or writable (level-triggered; errors and hang-ups count as both). The descriptor stays
  * yours; close it after dtls_watch_free(). NULL if the system cannot watch it (errno EPERM for regular files). */
-dtls_watch *dtls_watch_new(dtls_loop *loop, int fd, unsigned events,
-                           void (*fn)(void *user, int fd, unsigned events), void *user);
+dtls_watch *dtls_watch_new(dtls_loop *loop, int fd, unsigned events, void (*fn)(void *user, int fd, unsigned events),
+                           void *user);
 int dtls_watch_set(dtls_watch *watch, unsigned events); /* 0 or DTLS_ERR_SYSTEM */
 void dtls_watch_free(dtls_watch *watch);                /* NULL is fine */
 
@@ -216,8 +217,8 @@ typedef struct dtls_config {
     int (*send)(void *user, const void *data, size_t len, const dtls_addr *from, const dtls_addr *to);
 } dtls_config;
 
-/* A new endpoint on the loop. Loads and checks certificate, key and CA: a mismatch or an expired certificate is an error
- * here, not at the first handshake. */
+/* A new endpoint on the loop. Loads and checks certificate, key and CA: a mismatch or an expired certificate is an
+ * error here, not at the first handshake. */
 dtls_endpoint *dtls_endpoint_new(dtls_loop *loop, const dtls_config *config, dtls_error *err);
 
 /* Accepts connections on a local address. Every IPv6 socket is IPv6 only; "[::]:p" also opens "0.0.0.0:p". A wildcard
@@ -274,11 +275,11 @@ typedef struct dtls_counters {
     uint64_t handshakes_full;    /* completed, both roles */
     uint64_t handshakes_resumed; /* completed, both roles */
     uint64_t handshakes_failed;
-    uint64_t retransmissions;    /* flights sent again by our timer */
-    uint64_t receive_errors;     /* errors the system reported on a socket; life goes on */
+    uint64_t retransmissions; /* flights sent again by our timer */
+    uint64_t receive_errors;  /* errors the system reported on a socket; life goes on */
     uint64_t dropped[DTLS_DROP_COUNT];
-    size_t conns;                /* now, those in handshake included */
-    size_t handshakes;           /* now */
+    size_t conns;      /* now, those in handshake included */
+    size_t handshakes; /* now */
 } dtls_counters;
 
 void dtls_endpoint_counters(const dtls_endpoint *ep, dtls_counters *counters);
@@ -311,8 +312,8 @@ typedef struct dtls_info {
 } dtls_info;
 
 /* Sends one message of 1 to DTLS_MESSAGE_MAX bytes as one record in one datagram (SSL_write); the bytes are copied.
- * Messages may be lost, doubled never, reordered. Returns 0, or _SIZE, _STATE or _AGAIN with the connection unharmed, or
- * _TLS after which DTLS_EV_CLOSED was raised. It leaves at the end of the turn, at once if no turn is under way. */
+ * Messages may be lost, doubled never, reordered. Returns 0, or _SIZE, _STATE or _AGAIN with the connection unharmed,
+ * or _TLS after which DTLS_EV_CLOSED was raised. It leaves at the end of the turn, at once if no turn is under way. */
 int dtls_conn_send(dtls_conn *conn, const void *data, size_t len);
 
 /* The largest message that needs no IP fragmentation (DTLS_get_data_mtu); 0 before the handshake is done. */
@@ -331,11 +332,12 @@ dtls_endpoint *dtls_conn_endpoint(const dtls_conn *conn);
 void *dtls_conn_user(const dtls_conn *conn);
 void dtls_conn_set_user(dtls_conn *conn, void *user);
 
-/* The session to resume later, from DTLS_EV_CONNECTED on: a reference that you free with SSL_SESSION_free(), or NULL. */
+/* The session to resume later, from DTLS_EV_CONNECTED on: a reference that you free with SSL_SESSION_free(), or NULL.
+ */
 struct ssl_session_st *dtls_conn_session(const dtls_conn *conn);
 
-/* The SSL, to look things up, from DTLS_EV_CONNECTED on (NULL before: a client may begin its handshake anew, on another).
- * Do not read, write, shut down or free it, and do not change its BIO. */
+/* The SSL, to look things up, from DTLS_EV_CONNECTED on (NULL before: a client may begin its handshake anew, on
+ * another). Do not read, write, shut down or free it, and do not change its BIO. */
 struct ssl_st *dtls_conn_ssl(const dtls_conn *conn);
 
 #ifdef __cplusplus

@@ -1,8 +1,8 @@
-/* The loop the ways others would use it, over real sockets and through dtls.h alone: inside a plain poll(2) loop, in several
- * threads, with posts from another thread, with calls from outside any turn.
+/* The loop the ways others would use it, over real sockets and through dtls.h alone: inside a plain poll(2) loop, in
+ * several threads, with posts from another thread, with calls from outside any turn.
  *
  *   loops CERTS_DIR
- */
+ * */
 #include "../dtls.h"
 
 #include <poll.h>

@@ -1,8 +1,8 @@
-/* Two endpoints that speak through a queue in memory: no socket, nothing but dtls.h. It shows how to bring a transport of
- * one's own, and tries what is easiest to provoke there: lost, forged and repeated datagrams.
+/* Two endpoints that speak through a queue in memory: no socket, nothing but dtls.h. It shows how to bring a
+ * transport of one's own, and tries what is easiest to provoke there: lost, forged and repeated datagrams.
  *
  *   memory CERTS_DIR
- */
+ * */
 #include "../dtls.h"
 
 #include <openssl/err.h>
@@ -243,7 +243,8 @@ static void test_resumption(void)
     stop();
 }
 
-/* Nothing is verified again in a resumed handshake, so a session must not carry one server's identity to another name. */
+/* Nothing is verified again in a resumed handshake, so a session must not carry one server's identity to another
+ * name. */
 static void test_resumption_elsewhere(void)
 {
     dtls_error err;
@@ -530,10 +531,10 @@ static void test_limits(void)
 {
     dtls_counters n;
     start((dtls_config){.max_conns = 2}, (dtls_config){.handshake_timeout_ms = 300});
-    for (uint16_t i = 0; i < 3; i++)
+    for (uint16_t i = 0; i < 3; i++) {
         connect_from((uint16_t)(6000 + i));
-    wait_for(&server.connected, 2);
-    wait_for(&client.closed, 1);
+        wait_for(i < 2 ? &client.connected : &client.closed, i < 2 ? i + 1 : 1);
+    }
     dtls_endpoint_counters(server.ep, &n);
     check(server.connected == 2 && client.closed == 1 && n.conns == 2 && n.dropped[DTLS_DROP_LIMIT] > 0,
           "no more connections than max_conns");

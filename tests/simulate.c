@@ -1,13 +1,13 @@
-/* Whole worlds in one process, from a seed: a server, several clients, and a network that loses, doubles, delays, reorders,
- * damages and cuts off; clients that vanish and come back on the same port; a server that restarts. Time is virtual, for
- * libssl as well, and so is chance: a seed repeats its world.
+/* Whole worlds in one process, from a seed: a server, several clients, and a network that loses, doubles, delays,
+ * reorders, damages and cuts off; clients that vanish and come back on the same port; a server that restarts. Time is
+ * virtual, for libssl as well, and so is chance: a seed repeats its world.
  *
  *   simulate CERTS_DIR WORLDS [FIRST_SEED [LOSS_PERCENT]]
  *
- * Checked all along: no message is delivered twice, changed, or to the wrong connection; each connection has one end; every
- * handshake ends well before its deadline unless the network was cut or a side was gone; at the end tables and timers are
- * empty. Leaks are the sanitizer's business.
- */
+ * Checked all along: no message is delivered twice, changed, or to the wrong connection; each connection has one end;
+ * every handshake ends well before its deadline unless the network was cut or a side was gone; at the end tables and
+ * timers are empty. Leaks are the sanitizer's business.
+ * */
 #define OPENSSL_SUPPRESS_DEPRECATED /* RAND_set_rand_method: the simplest way to make chance repeatable */
 #include "../dtls.h"
 
