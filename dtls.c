@@ -1776,7 +1776,7 @@ static long bio_ctrl(BIO *b, int cmd, long num, void *ptr)
     case BIO_CTRL_DGRAM_QUERY_MTU:
         return (long)conn_mtu(c);
     case BIO_CTRL_DGRAM_GET_FALLBACK_MTU: { /* asked at each timeout from the third on */
-        int less = c->fallbacks++ < 2 ? MTU_FALLBACK_1 : MTU_FALLBACK_2;
+        int less = c->fallbacks++ == 0 ? MTU_FALLBACK_1 : MTU_FALLBACK_2;
         c->mtu = less < c->mtu ? less : c->mtu;
         return (long)conn_mtu(c);
     }
@@ -2011,6 +2011,12 @@ static void conn_raise(dtls_conn *c, dtls_event event, const void *data, size_t 
         c->ep->cfg.on_event(c, event, data, len);
 }
 
+static void conn_log(dtls_conn *c, const char *what)
+{
+    char peer[DTLS_ADDR_TEXT];
+    ep_log(c->ep, DTLS_LOG_DEBUG, "%s %s", dtls_addr_format(&c->peer, peer, sizeof peer), what);
+}
+
 /* The one way a connection ends. The peer is told when it can understand it, the application once. */
 static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, const char *what)
 {
@@ -2112,7 +2118,9 @@ static bool conn_restart(dtls_conn *c)
     c->step = TLS_ST_BEFORE;
     c->answered = false;
     c->restart_at = c->hint_at = 0;
-    conn_drive(c);
+    conn_log(c, "begins its handshake anew");
+    if (c->state == CONN_HANDSHAKE) /* the log may have ended it */
+        conn_drive(c);
     return true;
 }
 
@@ -2370,10 +2378,12 @@ static void conn_handshake_timer(dtls_conn *c, int64_t now)
     flight_begin(c);
     long r = now >= c->deadline ? -1 : DTLSv1_handle_timeout(c->ssl);
     flight_end(c);
-    if (r >= 0) {
-        c->ep->counters.retransmissions += r > 0;
-        return;
+    if (r > 0) {
+        c->ep->counters.retransmissions++;
+        conn_log(c, "did not answer in time: flight sent again");
     }
+    if (r >= 0)
+        return;
     snprintf(seconds, sizeof seconds, "%.1f s", (double)(now - c->started) / 1e6);
     conn_end(c, DTLS_CLOSE_TIMEOUT, "timed out after %s", seconds);
 }
@@ -3186,9 +3196,11 @@ dtls_endpoint *dtls_endpoint_new(dtls_loop *l, const dtls_config *config, dtls_e
 #include <histedit.h>
 #include <locale.h>
 #include <netdb.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <termios.h>
 #include <wchar.h>
+#include <wctype.h>
 
 enum {
     EXIT_USAGE = 2,
@@ -3223,7 +3235,7 @@ static const char usage_text[] =
     "  --idle-timeout SECONDS  server: a client silent for so long is gone; 0 never (120)\n"
     "  --keepalive SECONDS     client: ping a server silent for so long; 0 never (25)\n"
     "  --max-clients N         server (4096)\n"
-    "  -v, -q                  more, or only errors, on standard error\n"
+    "  -v, -q                  more (retransmissions, counters at the end), or only errors, on standard error\n"
     "\n"
     "Commands of the service: ping, echo TEXT, whoami, stats, bc TEXT.\n"
     "A client on a terminal edits lines; otherwise it sends standard input line by line, prints the\n"
@@ -3399,6 +3411,27 @@ static dtls_endpoint *program_endpoint(dtls_loop *l, const struct options *o, dt
         advice = "; 'make delete-certs certs' makes new ones";
     fprintf(stderr, "dtls: %s%s\n", err.text, advice);
     return NULL;
+}
+
+static bool program_signals(dtls_loop *l, void (*fn)(void *user, int signo), void *user)
+{
+    return dtls_loop_signal(l, SIGINT, fn, user) == 0 && dtls_loop_signal(l, SIGTERM, fn, user) == 0 &&
+           dtls_loop_signal(l, SIGHUP, fn, user) == 0;
+}
+
+/* What -v tells at the end. */
+static void program_counters(const dtls_endpoint *ep)
+{
+    dtls_counters n;
+    dtls_endpoint_counters(ep, &n);
+    fprintf(stderr, "datagrams: %llu in, %llu out; cookies sent: %llu; flights sent again: %llu; socket errors: %llu\n",
+            (unsigned long long)n.datagrams_in, (unsigned long long)n.datagrams_out, (unsigned long long)n.cookies_sent,
+            (unsigned long long)n.retransmissions, (unsigned long long)n.receive_errors);
+    fprintf(stderr, "handshakes: %llu full, %llu resumed, %llu failed\ndropped:", (unsigned long long)n.handshakes_full,
+            (unsigned long long)n.handshakes_resumed, (unsigned long long)n.handshakes_failed);
+    for (int i = 0; i < DTLS_DROP_COUNT; i++)
+        fprintf(stderr, "%s %llu %s", i ? "," : "", (unsigned long long)n.dropped[i], dtls_drop_name((dtls_drop)i));
+    fputc('\n', stderr);
 }
 
 /* The service. */
@@ -3602,11 +3635,12 @@ static int server_main(const struct options *o)
                        .idle_timeout_ms = o->idle_timeout_ms,
                        .max_conns = o->max_clients};
     s.loop = dtls_loop_new(NULL);
-    if (addrs && s.loop && dtls_loop_signal(s.loop, SIGINT, server_stop, s.loop) == 0 &&
-        dtls_loop_signal(s.loop, SIGTERM, server_stop, s.loop) == 0) {
+    if (addrs && s.loop && program_signals(s.loop, server_stop, s.loop)) {
         s.ep = program_endpoint(s.loop, o, &cfg);
         if (s.ep && server_listen(&s, addrs, o->addrs_len) == 0)
             status = dtls_loop_run(s.loop) == 0 ? 0 : complain(1, strerror(errno));
+        if (s.ep && o->level == DTLS_LOG_DEBUG)
+            program_counters(s.ep);
     } else {
         complain(1, strerror(errno));
     }
@@ -3740,15 +3774,17 @@ static void editor_say(struct editor *e, const char *text, size_t len)
 {
     bool was_hidden = e->hidden;
     editor_hide(e);
-    for (size_t i = 0; i < len; i++) {
-        unsigned char ch = (unsigned char)text[i];
-        bool c1 = ch == 0xc2 && i + 1 < len && ((unsigned char)text[i + 1] & 0xe0) == 0x80; /* U+0080 to U+009F */
-        if (c1)
-            printf("\\u%04x", (unsigned char)text[++i]);
-        else if ((ch < 0x20 && ch != '\n' && ch != '\t') || ch == 0x7f)
-            printf("\\x%02x", ch);
+    for (size_t i = 0, n; i < len; i += n) {
+        mbstate_t state = {0};
+        wchar_t wc = 0;
+        n = mbrtowc(&wc, text + i, len - i, &state);
+        bool whole = n != (size_t)-1 && n != (size_t)-2 && n != 0;
+        n = whole ? n : 1;
+        if (whole && (iswprint((wint_t)wc) || wc == L'\n' || wc == L'\t'))
+            fwrite(text + i, 1, n, stdout);
         else
-            putchar(ch);
+            for (size_t k = i; k < i + n; k++)
+                printf("\\x%02x", (unsigned char)text[k]);
     }
     putchar('\n');
     fflush(stdout);
@@ -3785,6 +3821,17 @@ static void editor_entered(struct editor *e, const wchar_t *wide, int n)
     free(line);
 }
 
+/* Whether the prompt and the line take more than one row. */
+static bool editor_wraps(struct editor *e)
+{
+    struct winsize size;
+    int width = 2;
+    const LineInfoW *li = el_wline(e->el);
+    for (const wchar_t *p = li->buffer; p < li->lastchar; p++)
+        width += wcwidth(*p) > 0 ? wcwidth(*p) : 1;
+    return ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 && width >= size.ws_col;
+}
+
 static void editor_feed(struct editor *e)
 {
     size_t at = 0, len;
@@ -3799,9 +3846,14 @@ static void editor_feed(struct editor *e)
         if (editor_unknown_key(e->in + e->key, len))
             continue;
         int n = 0;
+        bool wrapped = editor_wraps(e);
         const wchar_t *line = el_wgets(e->el, &n);
-        if (line && n > 0 && line[n - 1] == L'\n')
+        if (line && n > 0 && line[n - 1] == L'\n') {
             editor_entered(e, line, n);
+        } else if (wrapped || editor_wraps(e)) { /* libedit's updates go wrong across rows: draw it whole */
+            editor_hide(e);
+            editor_show(e);
+        }
     }
     memmove(e->in, e->in + at, e->in_len - at);
     e->in_len -= at;
@@ -4062,6 +4114,7 @@ static void client_readable(void *user, int fd, unsigned events)
 static void client_input_timer(void *user)
 {
     struct client *cl = user;
+    char text[64];
     bool waiting = cl->line_ready || cl->in_at < cl->in_len;
     if (!cl->conn)
         return;
@@ -4069,6 +4122,10 @@ static void client_input_timer(void *user)
         cl->window = 0; /* a server that does not answer each line holds nothing up */
         client_pump(cl);
     } else if (cl->input_ended) {
+        if (cl->owed) {
+            snprintf(text, sizeof text, "dtls: %u of %lu lines had no answer", cl->owed, cl->line_number);
+            client_log(cl, DTLS_LOG_WARNING, text);
+        }
         client_finish(cl, 0);
     } else {
         client_read(cl); /* a file */
@@ -4193,6 +4250,8 @@ static bool is_greeting(const char *data, size_t len)
 
 static void client_message(struct client *cl, const char *data, size_t len)
 {
+    if (cl->finished)
+        return;
     if (cl->probes > 0 && len == 4 && memcmp(data, "pong", 4) == 0) {
         cl->probes--;
         return;
@@ -4323,8 +4382,7 @@ static int client_run(struct client *cl)
     signal(SIGPIPE, SIG_IGN);
     cl->next = dtls_timer_new(cl->loop, client_next_timer, cl);
     cl->input_timer = dtls_timer_new(cl->loop, client_input_timer, cl);
-    if (!cl->next || !cl->input_timer || dtls_loop_signal(cl->loop, SIGINT, client_signal, cl) != 0 ||
-        dtls_loop_signal(cl->loop, SIGTERM, client_signal, cl) != 0)
+    if (!cl->next || !cl->input_timer || !program_signals(cl->loop, client_signal, cl))
         return complain(1, strerror(errno));
     cl->ep = program_endpoint(cl->loop, o, &cfg);
     if (!cl->ep || client_open_input(cl) != 0)
@@ -4333,7 +4391,10 @@ static int client_run(struct client *cl)
     client_round(cl);
     if (cl->tries_len == 0)
         client_failed(cl);
-    return dtls_loop_run(cl->loop) == 0 ? cl->status : complain(1, strerror(errno));
+    int status = dtls_loop_run(cl->loop) == 0 ? cl->status : complain(1, strerror(errno));
+    if (o->level == DTLS_LOG_DEBUG && !cl->editor)
+        program_counters(cl->ep);
+    return status;
 }
 
 static int client_main(const struct options *o)

@@ -36,7 +36,9 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-from screen import Screen, layout
+sys.dont_write_bytecode = True  # no __pycache__ in the tree
+
+from screen import Screen, layout  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BIN = os.path.abspath(os.environ.get("DTLS_BIN") or ROOT / "dtls")
@@ -362,7 +364,7 @@ class Foreign(Proc):
 class Term(Proc):
     """A program on a pseudo-terminal of its own, with a screen that shows what a person would see."""
 
-    # Takes the terminal as the controlling one, so that ^C and a resized window become signals, and becomes the program.
+    # Makes the terminal the controlling one, so that ^C and a resized window become signals, then becomes the program.
     TAKE = ("import fcntl, os, sys, termios\n"
             "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
             "os.execvp(sys.argv[1], sys.argv[1:])")
@@ -612,11 +614,13 @@ class Relay(threading.Thread):
         yield f"relay {self.addr}: {there} datagrams there, {len(self.log) - there} back, {self.lost} lost"
         for datagram in self.log[-12:]:
             way = "->" if datagram.to_server else "<-"
-            yield f"  {datagram.when - self.log[0].when:8.3f} s {way} {len(datagram.data):5} bytes {datagram.data[:28].hex()}"
+            when = datagram.when - self.log[0].when
+            yield f"  {when:8.3f} s {way} {len(datagram.data):5} bytes {datagram.data[:28].hex()}"
 
 
 def record(kind, epoch, sequence, payload, version=0xFEFD):
-    return struct.pack("!BHH", kind, version, epoch) + sequence.to_bytes(6, "big") + struct.pack("!H", len(payload)) + payload
+    sequence, length = sequence.to_bytes(6, "big"), struct.pack("!H", len(payload))
+    return struct.pack("!BHH", kind, version, epoch) + sequence + length + payload
 
 
 ALERT, HANDSHAKE, DATA = 21, 22, 23
@@ -678,12 +682,13 @@ class Authority:
         os.mkdir(folder)
         self.folder, self.newkey = pathlib.Path(folder), newkey or self.EC
         (self.folder / "index.txt").touch()
-        (self.folder / "req.cnf").write_text("[req]\ndistinguished_name=dn\n[dn]\n[ca]\nbasicConstraints=critical,CA:TRUE\n"
-                                             "keyUsage=critical,keyCertSign,cRLSign\nsubjectKeyIdentifier=hash\n")
+        (self.folder / "req.cnf").write_text(
+            "[req]\ndistinguished_name=dn\n[dn]\n[ca]\nbasicConstraints=critical,CA:TRUE\n"
+            "keyUsage=critical,keyCertSign,cRLSign\nsubjectKeyIdentifier=hash\n")
         if pem is None:
             pem, key = self.folder / "ca.pem", self.folder / "ca.key"
-            openssl("req", "-x509", *self.newkey, "-nodes", "-keyout", key, "-out", pem, "-days", "9", "-subj", f"/CN={cn}",
-                    "-config", self.folder / "req.cnf", "-extensions", "ca")
+            openssl("req", "-x509", *self.newkey, "-nodes", "-keyout", key, "-out", pem, "-days", "9",
+                    "-subj", f"/CN={cn}", "-config", self.folder / "req.cnf", "-extensions", "ca")
         self.pem, self.key = pem, key
 
     def issue(self, name, cn=None, usage="clientAuth", names=EVERYWHERE, start=None, end=None, key=None, ca=False):
@@ -936,8 +941,8 @@ def help_and_version(t):
         run = t.dtls(option).exits(0)
         equal(run.err.text, "", f"stderr of {option}")
         check(run.out.lines(), f"{option} says nothing")
-    wanted = ("server", "client", "--certs", "--cert", "--key", "--ca", "--name", "--mtu", "--idle-timeout", "--keepalive",
-              "--max-clients", "-v", "-q", "--help", "--version")
+    wanted = ("server", "client", "--certs", "--cert", "--key", "--ca", "--name", "--mtu", "--idle-timeout",
+              "--keepalive", "--max-clients", "-v", "-q", "--help", "--version")
     text = t.procs[0].out.text
     check(all(word in text for word in wanted), f"--help does not name {[word for word in wanted if word not in text]}")
     check(re.search(r"\d+\.\d+\.\d+", run.out.text), f"--version without a version: {run.out.text!r}")
@@ -948,8 +953,9 @@ def usage_errors(t):
     here = "127.0.0.1:1234"
     wrong = [[], ["frobnicate"], ["frobnicate", here], ["server"], ["client"], ["client", here, here], ["--frobnicate"]]
     for mode in ("server", "client"):
-        wrong += [[mode, addr] for addr in ("127.0.0.1", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:70000", "127.0.0.1:12x",
-                                            ":1234", "::1:1234", "[::1]", "[::1]:", "[::1]:0", "[::1:1234", "")]
+        wrong += [[mode, addr] for addr in ("127.0.0.1", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:70000",
+                                            "127.0.0.1:12x", ":1234", "::1:1234", "[::1]", "[::1]:", "[::1]:0",
+                                            "[::1:1234", "")]
         wrong += [[mode, "--frobnicate", here], [mode, "-x", here], [mode, "--certs"], [mode, here, "--mtu"]]
         wrong += [[mode, f"--mtu={value}", here] for value in ("", "x", "1500x", "-1", "0", "255", "65536", "1e9")]
     wrong += [["server", "--idle-timeout", value, here] for value in ("x", "-1", "nan", "5s", "")]
@@ -1140,8 +1146,8 @@ def hundred_clients_at_once(t):
     clients[50].out.wait(r"^127\.0\.0\.1:\d+\b.*$", nth=100)
     listed = clients[50].out.lines()[1:]
     equal(len(listed), 100, "clients in stats")
-    equal({line.split()[0].rstrip(",:") for line in listed}, set(re.findall(r"^(\S+) connected", server.err.text, re.M)),
-          "addresses in stats")
+    seen = set(re.findall(r"^(\S+) connected", server.err.text, re.M))
+    equal({line.split()[0].rstrip(",:") for line in listed}, seen, "addresses in stats")
     clients[0].send("bc hello everybody")
     for client in clients:
         client.out.wait_line("hello everybody")
@@ -1410,7 +1416,7 @@ def max_clients(t):
     first.ask("ping", "pong")
 
 
-# ---- tests: a network that loses, cuts and forges ----------------------------------------------------------------------
+# ---- tests: a network that loses, cuts and forges --------------------------------------------------------------------
 
 
 @test
