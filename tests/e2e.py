@@ -1087,6 +1087,29 @@ def input_from_a_pipe_and_from_files(t):
         equal(client.out.text, wanted, f"stdout of a client with stdin {stdin!r}")
 
 
+@test
+def what_others_broadcast_does_not_keep_a_pipe(t):
+    server = t.server()
+    noisy = t.client(server)
+    piped = t.client(server, stdin=b"ping\n")
+    piped.connected()
+    began = time.monotonic()
+    while piped.running():
+        noisy.send("bc noise")
+        check(time.monotonic() - began < 5, "still there after 5 s")
+        time.sleep(0.05)
+    piped.exits(0)
+    check("pong" in piped.out.lines(), f"no pong in {piped.out.text!r}")
+    noisy.kill()
+
+
+@test
+def any_address_as_target(t):
+    """0.0.0.0 as a target means this machine to the system; answers come from another address then."""
+    server = t.server(at=["0.0.0.0"])
+    t.ping(f"0.0.0.0:{split_addr(server.addr)[1]}", "--name", "localhost")
+
+
 @test(alone=True)
 def five_thousand_lines_from_a_file(t):
     server = t.server()
@@ -1239,18 +1262,19 @@ def covered_address_is_reported_and_skipped(t):
 
 @test
 def link_local_address_with_a_scope(t):
-    addr = None
-    try:
-        for line in pathlib.Path("/proc/net/if_inet6").read_text().splitlines():
-            digits, _, _, _, flags, name = line.split()
-            if digits.startswith("fe80") and not int(flags, 16) & 0x40:  # not tentative
-                addr = f"[{socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))}%{name}]"
-    except OSError:
-        pass
-    if not addr:
-        raise Skip("no link-local IPv6 address found")
-    server = t.server(at=[addr])
-    whoami(t, server, server.addr, "--name", "localhost")
+    """In a network namespace of its own, whose loopback interface gets the address."""
+    script = """
+        ip link set lo up && ip address add fe80::1/64 dev lo nodad || exit 9
+        "$0" server --certs "$1" "[fe80::1%lo]:4444" & server=$!
+        printf 'whoami\n' | "$0" client --certs "$1" --name localhost "[fe80::1%lo]:4444"; status=$?
+        kill $server; wait $server && exit $status"""
+    if not shutil.which("ip") or not shutil.which("unshare"):
+        raise Skip("no ip or no unshare command")
+    if subprocess.run(["unshare", "-rn", "ip", "link", "set", "lo", "up"], stdin=subprocess.DEVNULL,
+                      stderr=subprocess.DEVNULL).returncode != 0:
+        raise Skip("no network namespaces here")
+    run = Proc(t, "namespace", ["unshare", "-rn", "sh", "-c", script, BIN, CERTS], stdin=subprocess.DEVNULL).exits(0)
+    check(re.fullmatch(r"\[fe80::1%lo\]:\d+\n", run.out.text), f"whoami answered {run.out.text!r}")
 
 
 def host_name(t, host):
@@ -1316,7 +1340,7 @@ def server_stops_on_sigint(t):
 @test(alone=True)
 def client_stops_on_signals(t):
     server = t.server()
-    for nth, number in enumerate((signal.SIGINT, signal.SIGTERM), 1):
+    for nth, number in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), 1):
         client = t.client(server)
         client.connected()
         client.stop(number)
