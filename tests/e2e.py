@@ -1277,9 +1277,16 @@ def link_local_address_with_a_scope(t):
     check(re.fullmatch(r"\[fe80::1%lo\]:\d+\n", run.out.text), f"whoami answered {run.out.text!r}")
 
 
+def localhost():
+    """The addresses of that name; none where the system does not know it, as with no /etc/hosts."""
+    try:
+        return {entry[4][0] for entry in socket.getaddrinfo("localhost", 1, type=socket.SOCK_DGRAM)}
+    except socket.gaierror:
+        return set()
+
+
 def host_name(t, host):
-    found = {entry[4][0] for entry in socket.getaddrinfo("localhost", 1, type=socket.SOCK_DGRAM)}
-    if host.strip("[]") not in found:
+    if host.strip("[]") not in localhost():
         raise Skip(f"localhost has no address {host} here")
     server = t.server(at=[host])
     t.ping(f"localhost:{split_addr(server.addr)[1]}")
@@ -1304,7 +1311,7 @@ def unknown_host_name(t):
 
 @test
 def nobody_there(t):
-    for host in ("127.0.0.1", "localhost"):
+    for host in ("127.0.0.1", "localhost") if localhost() else ("127.0.0.1",):
         addr = f"{host}:{free_port()}"
         client = t.client(addr, stdin=b"ping\n").exits(1, timeout=3 + PROMPT)
         equal(client.out.text, "", "stdout of a client that found nobody")
