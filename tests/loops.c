@@ -5,11 +5,15 @@
  * */
 #include "../dtls.h"
 
+#include <arpa/inet.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 enum { PATIENCE_MS = 20000, MESSAGES = 200 };
 
@@ -140,6 +144,34 @@ static void test_foreign_loop(void)
     dtls_loop_free(server.loop);
 }
 
+/* A socket that is flooded gets its share of a turn, and the others get theirs. */
+static void test_fairness(void)
+{
+    struct side server;
+    dtls_addr other;
+    dtls_counters n;
+    struct sockaddr_in to = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    open_server(&server);
+    dtls_addr_parse(&other, "127.0.0.1:0", NULL);
+    dtls_endpoint_listen(server.ep, &other, NULL);
+    int fd = socket(AF_INET, SOCK_DGRAM, 0), sent = 0;
+    to.sin_port = htons(server.addr.port);
+    for (int i = 0; i < 200; i++)
+        sent += sendto(fd, "x", 1, 0, (struct sockaddr *)&to, sizeof to) == 1;
+    to.sin_port = htons(other.port);
+    sent += sendto(fd, "x", 1, 0, (struct sockaddr *)&to, sizeof to) == 1;
+    dtls_loop_poll(server.loop, PATIENCE_MS);
+    dtls_endpoint_counters(server.ep, &n);
+    check(sent == 201 && n.datagrams_in == 64 + 1, "a flooded socket leaves the others their turn");
+    for (int i = 0; i < 10 && n.datagrams_in < 201; i++) {
+        dtls_loop_poll(server.loop, 0);
+        dtls_endpoint_counters(server.ep, &n);
+    }
+    check(n.datagrams_in == 201 && n.dropped[DTLS_DROP_STRANGER] == 201, "and is read on in the next turns");
+    close(fd);
+    dtls_loop_free(server.loop);
+}
+
 static void *serve(void *user)
 {
     struct side *s = user;
@@ -211,6 +243,7 @@ int main(int argc, char **argv)
     certs = argv[1];
     setvbuf(stdout, NULL, _IOLBF, 0);
     test_foreign_loop();
+    test_fairness();
     test_threads();
     return failed;
 }
