@@ -115,7 +115,7 @@ run unit tests/build/unit tests/build/unit "$CERTS_DIR"
 run memory tests/build/memory tests/build/memory "$CERTS_DIR"
 run loops tests/build/loops tests/build/loops "$CERTS_DIR"
 run threads tests/build/threads tests/build/threads "$CERTS_DIR"
-run simulate tests/build/simulate tests/build/simulate "$CERTS_DIR" $worlds
+run simulate tests/build/simulate tests/build/simulate $worlds
 run dropin tests/build/dtls sh tests/dropin.sh
 run e2e tests/build/dtls python3 tests/e2e.py
 finish
