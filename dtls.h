@@ -194,7 +194,7 @@ typedef struct dtls_config {
     int (*on_ssl_ctx)(void *user, struct ssl_ctx_st *ctx);        /* last change to the SSL_CTX; not 0: give up */
     void *user;                                                   /* see dtls_endpoint_user() */
 
-    /* Timers. Retransmission doubles from the first value to the largest (RFC 6347 section 4.2.4). */
+    /* Timers. Retransmission waits grow by half from the first value to the largest (RFC 6347 section 4.2.4). */
     int retransmit_ms;        /* 400 */
     int retransmit_max_ms;    /* 6,000 */
     int handshake_timeout_ms; /* 30,000: gives up on a handshake */
