@@ -1475,9 +1475,11 @@ enum {
     COOKIE_BYTES = 16, /* keeps a HelloVerifyRequest (44 bytes) below any ClientHello */
     COOKIE_SECRET = 32,
     HINT_GRACE_MS = 3000, /* silence that makes an unauthenticated refusal credible */
+    HINT_RETRY_MS = 1000, /* the same before a client tries once more, and to believe it then */
     STALL_MS = 4000,      /* a client's handshake stands still for so long: it begins anew; doubled each time */
     RESTARTS_MAX = 5,     /* after failures here; stalls are bounded by the deadline */
-    RESTARTS_REFUSED = 2, /* after alerts that may be about a damaged message */
+    RESTARTS_REFUSED = 2, /* after alerts */
+    RESTARTS_VERIFY = 1,  /* after refusing the peer's certificate */
     NO_ALERT = -1,
     QUIET_MS = 1000, /* no traffic for so long: libssl's record buffers, 33 KB, go back */
     MTU_FALLBACK_1 = 1280,
@@ -1960,6 +1962,14 @@ static int64_t conn_stalled_at(const dtls_conn *c)
     return c->server || !c->heard ? INT64_MAX : c->step_at + patience + 2 * c->answer_us;
 }
 
+/* When a claim that the peer refuses us is acted upon. */
+static int64_t conn_hint_ripe_at(const dtls_conn *c)
+{
+    bool may_retry = !c->server && c->hint_alert != NO_ALERT;
+    int64_t grace = (may_retry ? HINT_RETRY_MS : HINT_GRACE_MS) * (int64_t)1000;
+    return c->hint_at ? c->hint_at + grace + 2 * c->answer_us : INT64_MAX;
+}
+
 /* Sets the one timer to the earliest deadline. While open, deadlines only move later when messages come, so the timer
  * is left alone then and looks again when it fires. */
 static void conn_arm(dtls_conn *c)
@@ -1973,8 +1983,7 @@ static void conn_arm(dtls_conn *c)
             return;
         }
         at = earlier(at, conn_stalled_at(c));
-        if (c->hint_at)
-            at = earlier(at, c->hint_at + HINT_GRACE_MS * (int64_t)1000);
+        at = earlier(at, conn_hint_ripe_at(c));
         if (DTLSv1_get_timeout(c->ssl, &left)) {
             /* libssl's timer follows the wall clock: after a step it could be far off, so never wait past the cap */
             int64_t us = left.tv_sec * (int64_t)1000000 + left.tv_usec;
@@ -2125,14 +2134,11 @@ static bool conn_restart(dtls_conn *c)
     return true;
 }
 
-/* Whether a failure may come from a damaged message, and not from what the peers are or want. */
+/* Whether a failure may come from a damaged message; a certificate that was damaged looks like a wrong one. */
 static bool conn_may_restart(const dtls_conn *c, int reason)
 {
-    if (c->server || c->state != CONN_HANDSHAKE || c->restarts >= RESTARTS_MAX)
-        return false;
-    long verify = SSL_get_verify_result(c->ssl);
-    return reason != SSL_R_CERTIFICATE_VERIFY_FAILED || verify == X509_V_ERR_CERT_SIGNATURE_FAILURE ||
-           verify == X509_V_ERR_EE_KEY_TOO_SMALL;
+    unsigned max = reason == SSL_R_CERTIFICATE_VERIFY_FAILED ? RESTARTS_VERIFY : RESTARTS_MAX;
+    return !c->server && c->state == CONN_HANDSHAKE && c->restarts < max;
 }
 
 /* libssl gave up: once more, or find the words. */
@@ -2346,29 +2352,12 @@ static void udp_error(struct udp *u, int error)
     guard_hint(c, NO_ALERT, "%s", strerror(error));
 }
 
-/* Whether the peer's alert may be about a damaged or forged message, and not about who we are. */
-static bool conn_may_be_damage(const dtls_conn *c)
-{
-    static const int final[] = {NO_ALERT,
-                                SSL_AD_CLOSE_NOTIFY,
-                                SSL_AD_UNSUPPORTED_CERTIFICATE,
-                                SSL_AD_CERTIFICATE_REVOKED,
-                                SSL_AD_CERTIFICATE_EXPIRED,
-                                SSL_AD_UNKNOWN_CA,
-                                SSL_AD_ACCESS_DENIED,
-                                SSL_AD_PROTOCOL_VERSION,
-                                SSL_AD_INSUFFICIENT_SECURITY};
-    for (size_t i = 0; i < sizeof final / sizeof *final; i++)
-        if (c->hint_alert == final[i])
-            return false;
-    return !c->server && c->restarts < RESTARTS_REFUSED;
-}
-
 static void conn_handshake_timer(dtls_conn *c, int64_t now)
 {
     char seconds[32];
-    if (c->hint_at && now >= c->hint_at + HINT_GRACE_MS * (int64_t)1000) {
-        if (!conn_may_be_damage(c) || !conn_restart(c))
+    if (now >= conn_hint_ripe_at(c)) { /* an alert may also be about a damaged or forged message, so not at once */
+        bool again = !c->server && c->hint_alert != NO_ALERT && c->restarts < RESTARTS_REFUSED;
+        if (!again || !conn_restart(c))
             conn_end(c, DTLS_CLOSE_REFUSED, "%s", c->hint);
         return;
     }
@@ -2707,7 +2696,9 @@ static void ep_hello(dtls_endpoint *ep, struct udp *u, const struct record *r, c
     }
 
     ep->spare = NULL;
-    if (old && old->state == CONN_HANDSHAKE)
+    if (old && old->state == CONN_HANDSHAKE && old->hint_at)
+        conn_end(old, DTLS_CLOSE_REFUSED, "%s", old->hint);
+    else if (old && old->state == CONN_HANDSHAKE)
         conn_end(old, DTLS_CLOSE_REPLACED, "replaced by a new association from the same %s", "address");
     if (ep->counters.handshakes >= (size_t)ep->cfg.max_handshakes || (!old && ep->counters.conns >= conns))
         ep_crowd_out(ep);
