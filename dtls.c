@@ -150,7 +150,7 @@ struct dtls_loop {
     int wake[2]; /* eventfd twice, or a pipe, or -1 with EVFILT_USER */
     unsigned depth;
     bool stopping;
-    int64_t now; /* when this turn began */
+    int64_t now; /* when this turn's events came */
     struct object live, dead;
     struct timer **heap; /* from index 1 */
     size_t heap_len, heap_max, timers;
@@ -159,6 +159,11 @@ struct dtls_loop {
     atomic_size_t posts_len;
     struct io *io;
 };
+
+static int64_t loop_now(const dtls_loop *l)
+{
+    return l->now_us(l->clock_user);
+}
 
 static int64_t clock_monotonic_us(void *user)
 {
@@ -218,6 +223,7 @@ static int backend_wait(dtls_loop *l, int timeout_ms)
 {
     struct epoll_event e[EVENTS_PER_WAIT];
     int n = epoll_wait(l->fd, e, EVENTS_PER_WAIT, timeout_ms);
+    l->now = loop_now(l);
     for (int i = 0; i < n; i++) {
         if (e[i].data.ptr) {
             unsigned in = e[i].events & (EPOLLIN | EPOLLERR | EPOLLHUP) ? DTLS_READ : 0;
@@ -327,6 +333,7 @@ static int backend_wait(dtls_loop *l, int timeout_ms)
     struct kevent e[EVENTS_PER_WAIT];
     struct timespec ts = {timeout_ms / 1000, timeout_ms % 1000 * 1000000L};
     int n = kevent(l->fd, NULL, 0, e, EVENTS_PER_WAIT, timeout_ms < 0 ? NULL : &ts);
+    l->now = loop_now(l);
     for (int i = 0; i < n; i++) {
         if (e[i].filter == EVFILT_SIGNAL) {
             loop_signalled((void *)e[i].udata);
@@ -721,11 +728,6 @@ static void list_remove(struct object *o)
 
 static void io_flush(dtls_loop *l);
 
-static int64_t loop_now(const dtls_loop *l)
-{
-    return l->now_us(l->clock_user);
-}
-
 /* Everything that may run a callback or queue a datagram happens between enter and leave; the outermost leave ends the
  * turn. So a send outside any turn goes out at once, and one inside goes out with all others. */
 static void loop_enter(dtls_loop *l)
@@ -1038,7 +1040,6 @@ int dtls_loop_poll(dtls_loop *l, int timeout_ms)
         timeout_ms = next;
     loop_enter(l);
     int r = backend_wait(l, timeout_ms);
-    l->now = loop_now(l);
     loop_run_posts(l, true);
     timer_run(l);
     loop_leave(l);
@@ -1474,10 +1475,11 @@ enum {
 
     COOKIE_BYTES = 16, /* keeps a HelloVerifyRequest (44 bytes) below any ClientHello */
     COOKIE_SECRET = 32,
-    HINT_GRACE_MS = 3000, /* silence that makes an unauthenticated refusal credible */
-    HINT_RETRY_MS = 1000, /* the same before a client tries once more, and to believe it then */
-    STALL_MS = 4000,      /* a client's handshake stands still for so long: it begins anew; doubled each time */
-    RESTARTS_MAX = 5,     /* after failures here; stalls are bounded by the deadline */
+    HINT_GRACE_MS = 3000,  /* silence that makes an unauthenticated refusal credible */
+    HINT_RETRY_MS = 1000,  /* the same before a client tries once more, and to believe it then */
+    STALL_MS = 6000,       /* a client's handshake stands still for so long: it begins anew; doubled each time */
+    STALL_HELLO_MS = 2000, /* the same while the server has only its cookie to lose */
+    RESTARTS_MAX = 5,
     RESTARTS_REFUSED = 2, /* after alerts */
     RESTARTS_VERIFY = 1,  /* after refusing the peer's certificate */
     NO_ALERT = -1,
@@ -1516,7 +1518,7 @@ struct dtls_conn {
     size_t in_len;
     bool in_renumber, in_peek;
     uint64_t in_sequence; /* next number for a renumbered record */
-    unsigned early, restarts, fallbacks;
+    unsigned early, restarts, fallbacks, resent;
     int mtu;     /* the link's, as far as known */
     bool output; /* libssl wrote a datagram since this was cleared */
 
@@ -1532,6 +1534,7 @@ struct dtls_conn {
     int64_t answer_us;    /* until the first plausible answer: about a round trip */
     bool heard;           /* a plausible record came */
     bool answered;        /* a client's first ClientHello was */
+    bool cookie_seen;     /* by a HelloVerifyRequest: such a server takes a new start for what it is */
     int64_t restart_at;   /* a client's SSL failed: when the next one takes over; 0: it did not */
     bool buffers, used;   /* libssl's record buffers are there; were used since the timer last looked */
     int64_t last_in, idle_raised;
@@ -1551,9 +1554,8 @@ struct dtls_endpoint {
     BIO_ADDR *listen_addr; /* DTLSv1_listen insists on one */
     dtls_conn *spare;      /* answers ClientHellos; becomes the connection once a cookie proves right */
     bool listening, sending, closed;
-    uint8_t *flight; /* the datagram being packed while libssl writes a flight */
-    size_t flight_len;
-    bool packing;
+    uint8_t *flight;                /* the datagram being packed while libssl writes a flight */
+    size_t flight_len, flight_room; /* 0: nothing is packed */
     struct object sockets;
     dtls_conn *first, *last;
     dtls_conn **table;
@@ -1845,11 +1847,12 @@ static int conn_send_datagram(dtls_conn *c, const void *data, size_t len)
 }
 
 /* libssl sends a flight again with a datagram for each message, so that under loss one is always missing. Between
- * flight_begin() and flight_end() its datagrams are packed, as many as the MTU holds. One that the transport refuses
- * then counts as lost: the timer sends it again. */
+ * flight_begin() and flight_end() its datagrams are packed: as many as the MTU holds, and less when the same flight is
+ * sent a third time, since the path's MTU may be why. One that the transport refuses then counts as lost. */
 static void flight_begin(dtls_conn *c)
 {
-    c->ep->packing = c->state == CONN_HANDSHAKE;
+    size_t small = MTU_FALLBACK_2 - IP6_UDP_HEADERS, room = conn_mtu(c);
+    c->ep->flight_room = c->resent > 0 && small < room ? small : room;
 }
 
 static void flight_flush(dtls_conn *c)
@@ -1863,18 +1866,17 @@ static void flight_flush(dtls_conn *c)
 static void flight_end(dtls_conn *c)
 {
     flight_flush(c);
-    c->ep->packing = false;
+    c->ep->flight_room = 0;
 }
 
 /* What libssl writes. */
 static int conn_output(dtls_conn *c, const void *data, size_t len)
 {
     dtls_endpoint *ep = c->ep;
-    size_t room = conn_mtu(c);
     c->output = true;
-    if (ep->flight_len + len > room)
+    if (ep->flight_len + len > ep->flight_room)
         flight_flush(c);
-    if (!ep->packing || len > room)
+    if (len > ep->flight_room)
         return conn_send_datagram(c, data, len);
     memcpy(ep->flight + ep->flight_len, data, len);
     ep->flight_len += len;
@@ -1955,18 +1957,29 @@ static int64_t conn_dead_at(const dtls_conn *c)
     return ms == DTLS_NEVER ? INT64_MAX : c->last_in + ms * (int64_t)1000;
 }
 
-/* When a client's handshake counts as stalled. Before any answer there is nothing that a new start could change. */
+/* When a client's handshake counts as stalled. A server without cookies would take a new start for a stale
+ * ClientHello. */
 static int64_t conn_stalled_at(const dtls_conn *c)
 {
-    int64_t patience = STALL_MS * (int64_t)1000 << (c->restarts < 10 ? c->restarts : 10);
-    return c->server || !c->heard ? INT64_MAX : c->step_at + patience + 2 * c->answer_us;
+    int64_t patience = (c->step == TLS_ST_CW_CLNT_HELLO ? STALL_HELLO_MS : STALL_MS) * (int64_t)1000;
+    if (!c->cookie_seen || c->restarts >= RESTARTS_MAX)
+        return INT64_MAX;
+    return c->step_at + (patience << c->restarts) + 2 * c->answer_us;
+}
+
+static bool conn_may_retry_refusal(const dtls_conn *c)
+{
+    return c->cookie_seen && c->hint_alert != NO_ALERT;
 }
 
 /* When a claim that the peer refuses us is acted upon. */
 static int64_t conn_hint_ripe_at(const dtls_conn *c)
 {
-    bool may_retry = !c->server && c->hint_alert != NO_ALERT;
-    int64_t grace = (may_retry ? HINT_RETRY_MS : HINT_GRACE_MS) * (int64_t)1000;
+    int64_t grace = HINT_GRACE_MS * (int64_t)1000;
+    if (conn_may_retry_refusal(c))
+        grace = HINT_RETRY_MS * (int64_t)1000;
+    else if (c->server && grace < c->ep->cfg.retransmit_max_ms * (int64_t)1000)
+        grace = c->ep->cfg.retransmit_max_ms * (int64_t)1000; /* the client may only be between two tries */
     return c->hint_at ? c->hint_at + grace + 2 * c->answer_us : INT64_MAX;
 }
 
@@ -1978,13 +1991,11 @@ static void conn_arm(dtls_conn *c)
     if (c->state == CONN_HANDSHAKE) {
         struct timeval left;
         at = c->deadline;
-        if (c->restart_at) {
-            timer_set(c->loop, &c->timer, earlier(at, c->restart_at));
-            return;
-        }
-        at = earlier(at, conn_stalled_at(c));
-        at = earlier(at, conn_hint_ripe_at(c));
-        if (DTLSv1_get_timeout(c->ssl, &left)) {
+        if (c->restart_at)
+            at = earlier(at, c->restart_at);
+        else
+            at = earlier(at, earlier(conn_stalled_at(c), conn_hint_ripe_at(c)));
+        if (!c->restart_at && DTLSv1_get_timeout(c->ssl, &left)) {
             /* libssl's timer follows the wall clock: after a step it could be far off, so never wait past the cap */
             int64_t us = left.tv_sec * (int64_t)1000000 + left.tv_usec;
             us = earlier(us, c->ep->cfg.retransmit_max_ms * (int64_t)1000);
@@ -2114,24 +2125,25 @@ static SSL *conn_client_ssl(dtls_conn *c)
 /* Plaintext handshake messages may arrive damaged or forged: the peer that stumbles over one forgets the handshake,
  * and RFC 6347 has no way back. So a client begins anew, under the same deadline and from the same port; the server's
  * cookie exchange lets it replace what is left of the first try. */
-static bool conn_restart(dtls_conn *c)
+static void conn_restart(dtls_conn *c)
 {
     SSL *ssl = conn_client_ssl(c);
-    if (!ssl)
-        return false;
+    if (!ssl) {
+        conn_end(c, DTLS_CLOSE_ERROR, "out of %s", "memory");
+        return;
+    }
     SSL_free(c->ssl);
     c->ssl = ssl;
     c->in = NULL;
     c->restarts++;
-    c->early = c->fallbacks = 0; /* what is known of the MTU stays */
+    c->early = c->fallbacks = c->resent = 0; /* what is known of the MTU stays */
     c->in_sequence = 0;
     c->step = TLS_ST_BEFORE;
-    c->answered = false;
+    c->answered = c->cookie_seen = false;
     c->restart_at = c->hint_at = 0;
     conn_log(c, "begins its handshake anew");
     if (c->state == CONN_HANDSHAKE) /* the log may have ended it */
         conn_drive(c);
-    return true;
 }
 
 /* Whether a failure may come from a damaged message; a certificate that was damaged looks like a wrong one. */
@@ -2207,24 +2219,24 @@ static void conn_open(dtls_conn *c)
     X509_free(cert);
     errors_clear();
 
+    /* The callbacks in here may end it; until the last line the application does not know it. */
+    if (c->server)
+        ep_replace(c);
+    if (c->state == CONN_HANDSHAKE)
+        ep_log(c->ep, DTLS_LOG_INFO, "%s connected: %s, %s, %s", dtls_addr_format(&c->peer, peer, sizeof peer),
+               c->peer_name, SSL_get_cipher_name(c->ssl), c->resumed ? "resumed session" : "full handshake");
+    if (c->state != CONN_HANDSHAKE)
+        return;
     SSL_SESSION_free(c->session);
     c->session = NULL;
     c->overhead = conn_record_overhead(SSL_get_current_cipher(c->ssl));
     c->state = CONN_OPEN;
     c->last_in = loop_now(c->loop);
-    if (c->server) {
-        c->ep->counters.handshakes--;
-        ep_replace(c);
-    }
-    if (c->resumed)
-        c->ep->counters.handshakes_resumed++;
-    else
-        c->ep->counters.handshakes_full++;
+    c->ep->counters.handshakes -= c->server;
+    c->ep->counters.handshakes_resumed += c->resumed;
+    c->ep->counters.handshakes_full += !c->resumed;
     conn_arm(c);
-    ep_log(c->ep, DTLS_LOG_INFO, "%s connected: %s, %s, %s", dtls_addr_format(&c->peer, peer, sizeof peer),
-           c->peer_name, SSL_get_cipher_name(c->ssl), c->resumed ? "resumed session" : "full handshake");
-    if (c->state == CONN_OPEN) /* the log may have ended it */
-        conn_raise(c, DTLS_EV_CONNECTED, NULL, 0);
+    conn_raise(c, DTLS_EV_CONNECTED, NULL, 0);
 }
 
 /* Reads all there is; with `only` set, one record was given to an open connection, and a look whether more is buffered
@@ -2247,9 +2259,11 @@ static void conn_read(dtls_conn *c, bool only)
             continue;
         }
         int e = SSL_get_error(c->ssl, r);
-        if (e == SSL_ERROR_WANT_READ || e == SSL_ERROR_WANT_WRITE)
+        if ((e == SSL_ERROR_WANT_READ || e == SSL_ERROR_WANT_WRITE) && SSL_is_init_finished(c->ssl))
             return;
-        if (e == SSL_ERROR_ZERO_RETURN)
+        if (e == SSL_ERROR_WANT_READ || e == SSL_ERROR_WANT_WRITE) /* OpenSSL 3.5 may stay in it for good */
+            conn_end(c, DTLS_CLOSE_ERROR, "protocol error: %s", "renegotiation");
+        else if (e == SSL_ERROR_ZERO_RETURN)
             conn_end(c, DTLS_CLOSE_PEER, "closed by the %s", "peer");
         else
             conn_fail(c);
@@ -2262,6 +2276,7 @@ static void conn_step(dtls_conn *c)
     if (step != c->step) {
         c->step = step;
         c->step_at = loop_now(c->loop);
+        c->resent = 0;
     }
     conn_arm(c);
 }
@@ -2312,9 +2327,7 @@ static void conn_input(dtls_conn *c, const uint8_t *p, size_t n)
 {
     const uint8_t *run = p;
     struct record r;
-    if (c->restart_at)
-        return;
-    for (; n > 0 && c->state != CONN_CLOSED; p += r.size, n -= r.size) {
+    for (; n > 0 && c->state != CONN_CLOSED && !c->restart_at; p += r.size, n -= r.size) {
         if (!record_parse(p, n, &r)) {
             ep_count(c->ep, DTLS_DROP_MALFORMED);
             break; /* what follows cannot be found */
@@ -2332,6 +2345,7 @@ static void conn_input(dtls_conn *c, const uint8_t *p, size_t n)
                 c->answer_us = loop_now(c->loop) - c->started;
             c->heard = true;
             c->answered = c->answered || guard_is_hello(&r);
+            c->cookie_seen = c->cookie_seen || (guard_is_hello(&r) && r.body[0] == HELLO_VERIFY_REQUEST);
             c->hint_at = 0;
             conn_give(c, p, r.size, r.epoch == 0);
         }
@@ -2352,30 +2366,40 @@ static void udp_error(struct udp *u, int error)
     guard_hint(c, NO_ALERT, "%s", strerror(error));
 }
 
-static void conn_handshake_timer(dtls_conn *c, int64_t now)
+static void conn_timed_out(dtls_conn *c, int64_t now)
 {
     char seconds[32];
-    if (now >= conn_hint_ripe_at(c)) { /* an alert may also be about a damaged or forged message, so not at once */
-        bool again = !c->server && c->hint_alert != NO_ALERT && c->restarts < RESTARTS_REFUSED;
-        if (!again || !conn_restart(c))
-            conn_end(c, DTLS_CLOSE_REFUSED, "%s", c->hint);
-        return;
-    }
-    bool restart = c->restart_at ? now >= c->restart_at : now >= conn_stalled_at(c);
-    if (now < c->deadline && ((restart && conn_restart(c)) || c->restart_at))
-        return;
-    errors_clear();
-    flight_begin(c);
-    long r = now >= c->deadline ? -1 : DTLSv1_handle_timeout(c->ssl);
-    flight_end(c);
-    if (r > 0) {
-        c->ep->counters.retransmissions++;
-        conn_log(c, "did not answer in time: flight sent again");
-    }
-    if (r >= 0)
-        return;
     snprintf(seconds, sizeof seconds, "%.1f s", (double)(now - c->started) / 1e6);
     conn_end(c, DTLS_CLOSE_TIMEOUT, "timed out after %s", seconds);
+}
+
+static void conn_handshake_timer(dtls_conn *c, int64_t now)
+{
+    if (now >= c->deadline) {
+        conn_timed_out(c, now);
+    } else if (c->restart_at) {
+        if (now >= c->restart_at)
+            conn_restart(c);
+    } else if (now >= conn_hint_ripe_at(c)) {
+        if (conn_may_retry_refusal(c) && c->restarts < RESTARTS_REFUSED)
+            conn_restart(c); /* an alert may be about a damaged or forged message */
+        else
+            conn_end(c, DTLS_CLOSE_REFUSED, "%s", c->hint);
+    } else if (now >= conn_stalled_at(c)) {
+        conn_restart(c);
+    } else {
+        errors_clear();
+        flight_begin(c);
+        long r = DTLSv1_handle_timeout(c->ssl);
+        flight_end(c);
+        if (r > 0) {
+            c->resent++;
+            c->ep->counters.retransmissions++;
+            conn_log(c, "did not answer in time: flight sent again");
+        } else if (r < 0) { /* libssl gives up after 12 */
+            conn_timed_out(c, now);
+        }
+    }
 }
 
 static void conn_open_timer(dtls_conn *c, int64_t now)
@@ -2603,16 +2627,15 @@ static void ep_replace(dtls_conn *c)
         conn_end(old, DTLS_CLOSE_REPLACED, "replaced by a new association from the same %s", "address");
 }
 
-/* Cookies: RFC 6347 section 4.2.1. The address pair and the client's random, so that a cookie is good for one
- * ClientHello, under a secret that changes; the one before stays valid. */
+/* Cookies: RFC 6347 section 4.2.1. The address pair under a secret that changes; the one before stays valid. Nothing of
+ * the ClientHello: somebody who sends one in a client's name must not make the client's cookie a wrong one. */
 
 static void cookie_make(const dtls_conn *c, const uint8_t secret[COOKIE_SECRET], uint8_t cookie[COOKIE_BYTES])
 {
-    uint8_t data[2 * ADDR_PACKED + HELLO_RANDOM], mac[EVP_MAX_MD_SIZE];
+    uint8_t data[2 * ADDR_PACKED], mac[EVP_MAX_MD_SIZE];
     unsigned len = sizeof mac;
     addr_pack(&c->peer, data);
     addr_pack(&c->local, data + ADDR_PACKED);
-    memcpy(data + 2 * ADDR_PACKED, c->hello_random, HELLO_RANDOM);
     memset(mac, 0, sizeof mac);
     HMAC(EVP_sha256(), secret, COOKIE_SECRET, data, sizeof data, mac, &len);
     memcpy(cookie, mac, COOKIE_BYTES);
@@ -2620,15 +2643,14 @@ static void cookie_make(const dtls_conn *c, const uint8_t secret[COOKIE_SECRET],
 
 static void cookie_rotate(dtls_endpoint *ep)
 {
-    uint8_t fresh[COOKIE_SECRET];
     int64_t period = ep->cfg.cookie_ms * (int64_t)1000, age = ep->loop->now - ep->secret_at;
-    if (age < period || RAND_bytes(fresh, sizeof fresh) != 1)
+    if (age < period)
         return;
-    memcpy(ep->secret[1], ep->secret[0], COOKIE_SECRET);
-    memcpy(ep->secret[0], fresh, COOKIE_SECRET);
-    if (age >= 2 * period) /* nothing rotated in between: the one before is too old by now */
-        memcpy(ep->secret[1], fresh, COOKIE_SECRET);
-    OPENSSL_cleanse(fresh, sizeof fresh);
+    for (int n = age < 2 * period ? 1 : 2; n > 0; n--) { /* after a long silence both are too old */
+        memcpy(ep->secret[1], ep->secret[0], COOKIE_SECRET);
+        if (RAND_bytes(ep->secret[0], COOKIE_SECRET) != 1)
+            return; /* the old one serves on; the next ClientHello tries again */
+    }
     ep->secret_at = ep->loop->now;
 }
 
@@ -2700,7 +2722,8 @@ static void ep_hello(dtls_endpoint *ep, struct udp *u, const struct record *r, c
         conn_end(old, DTLS_CLOSE_REFUSED, "%s", old->hint);
     else if (old && old->state == CONN_HANDSHAKE)
         conn_end(old, DTLS_CLOSE_REPLACED, "replaced by a new association from the same %s", "address");
-    if (ep->counters.handshakes >= (size_t)ep->cfg.max_handshakes || (!old && ep->counters.conns >= conns))
+    while (ep->counters.handshakes > 0 &&
+           (ep->counters.handshakes >= (size_t)ep->cfg.max_handshakes || (!old && ep->counters.conns >= conns)))
         ep_crowd_out(ep);
     if (ep->closed || ep_list(c) < 0) { /* the log of the above may have ended the endpoint */
         ep_count(ep, DTLS_DROP_LIMIT);
@@ -2981,7 +3004,7 @@ static void ep_free(struct object *o)
 
 void dtls_endpoint_free(dtls_endpoint *ep)
 {
-    if (!ep || ep->closed)
+    if (!ep || ep->closed || ep->sending)
         return;
     dtls_loop *l = ep->loop;
     loop_enter(l);

@@ -345,11 +345,7 @@ static void test_replayed_hello(void)
     check(first.len > 0 && n.conns == 1, "a repeated ClientHello starts nothing");
     dtls_endpoint_input(server.ep, first.data, first.len, &client_addr, &server_addr);
     dtls_endpoint_counters(server.ep, &n);
-    int started = n.handshakes == 1; /* its cookie is still good */
-    first.data[40] ^= 1;             /* another random: the cookie was not made for it */
-    dtls_endpoint_input(server.ep, first.data, first.len, &client_addr, &server_addr);
-    dtls_endpoint_counters(server.ep, &n);
-    check(started && n.handshakes == 1, "a cookie is good for one ClientHello");
+    check(n.handshakes == 1, "an older one with a good cookie starts a handshake beside the connection");
     for (int i = 1; i <= 3; i++) {
         dtls_conn_send(c, "alive", 5);
         wait_for(&client.messages, i);
