@@ -5,6 +5,7 @@ WARN = -std=c11 -Wall -Wextra -Wpedantic -Wshadow -Wconversion
 PREFIX = /usr/local
 DESTDIR =
 
+# Not CPPFLAGS: bmake puts -nostdinc there when DESTDIR is set.
 # Asked for when a recipe runs, each library on its own: some systems have pkg-config files for one of them only.
 LIBSSL = $$(pkg-config --cflags --libs openssl 2>/dev/null || echo -lssl -lcrypto)
 LIBSSL_CFLAGS = $$(pkg-config --cflags openssl 2>/dev/null)
@@ -16,10 +17,10 @@ HARDEN = -fstack-protector-strong $$(case "$(CFLAGS)" in *-O[123s]*) echo -U_FOR
 all: dtls
 
 dtls: dtls.c dtls.h
-	$(CC) $(WARN) $(HARDEN) $(CPPFLAGS) $(CFLAGS) -DDTLS_MAIN -o $@ dtls.c $(LDFLAGS) $(LIBSSL) $(LIBEDIT) $(LDLIBS)
+	$(CC) $(WARN) $(HARDEN) $(CFLAGS) -DDTLS_MAIN -o $@ dtls.c $(LDFLAGS) $(LIBSSL) $(LIBEDIT) $(LDLIBS)
 
 libdtls.a: dtls.c dtls.h
-	$(CC) $(WARN) $(HARDEN) $(CPPFLAGS) $(CFLAGS) -fPIC -c -o libdtls.o dtls.c $(LIBSSL_CFLAGS)
+	$(CC) $(WARN) $(HARDEN) $(CFLAGS) -fPIC -c -o libdtls.o dtls.c $(LIBSSL_CFLAGS)
 	$(AR) rcs $@ libdtls.o
 	rm -f libdtls.o
 
@@ -30,8 +31,8 @@ delete-certs:
 	@sh certs/certs.sh delete
 
 client-cert:
-	@[ -n "$(NAME)" ] || { echo 'usage: make client-cert NAME=alice' >&2; exit 2; }
-	@sh certs/certs.sh client "$(NAME)"
+	@[ -n "$$NAME" ] || { echo 'usage: make client-cert NAME=alice' >&2; exit 2; }
+	@sh certs/certs.sh client "$$NAME"
 
 test:
 	@./test.sh

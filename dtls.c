@@ -583,23 +583,24 @@ int dtls_addr_parse(dtls_addr *a, const char *text, dtls_error *err)
     memset(a, 0, sizeof *a);
 
     if (!bracketed && end && strchr(text, ':') != end)
-        return fail(err, DTLS_ERR_ADDR, "%s: put an IPv6 address in brackets, as in [::1]:1234", text);
+        return fail(err, DTLS_ERR_ADDR, "%.100s: put an IPv6 address in brackets, as in [::1]:1234", text);
     if (!port || *port != ':')
-        return fail(err, DTLS_ERR_ADDR, "%s: no port; write ADDRESS:PORT, as in 127.0.0.1:1234 or [::1]:1234", text);
+        return fail(err, DTLS_ERR_ADDR, "%.100s: no port; write ADDRESS:PORT, as in 127.0.0.1:1234 or [::1]:1234",
+                    text);
     if (addr_parse_port(port + 1, &a->port) < 0)
-        return fail(err, DTLS_ERR_ADDR, "%s: the port must be a number from 0 to 65535", text);
+        return fail(err, DTLS_ERR_ADDR, "%.100s: the port must be a number up to 65535", text);
 
     const char *start = text + bracketed;
     size_t len = (size_t)(end - start);
     if (len >= sizeof host)
-        return fail(err, DTLS_ERR_ADDR, "%s: not an address", text);
+        return fail(err, DTLS_ERR_ADDR, "%.100s: not an address", text);
     memcpy(host, start, len);
     host[len] = 0;
     if (!bracketed) {
         a->family = 4;
         if (inet_pton(AF_INET, host, a->ip) == 1)
             return 0;
-        return fail(err, DTLS_ERR_ADDR, "%s: not an IPv4 address", text);
+        return fail(err, DTLS_ERR_ADDR, "%.100s: not an IPv4 address, and names are not looked up here", text);
     }
     struct in6_addr ip;
     uint32_t scope = 0;
@@ -611,10 +612,10 @@ int dtls_addr_parse(dtls_addr *a, const char *text, dtls_error *err)
         if (!scope && addr_parse_port(zone, &index) == 0)
             scope = index; /* "%2": an interface by its index */
         if (!scope)
-            return fail(err, DTLS_ERR_ADDR, "%s: no interface named %s", text, zone);
+            return fail(err, DTLS_ERR_ADDR, "%.100s: no interface named %s", text, zone);
     }
     if (inet_pton(AF_INET6, host, &ip) != 1)
-        return fail(err, DTLS_ERR_ADDR, "%s: not an IPv6 address", text);
+        return fail(err, DTLS_ERR_ADDR, "%.100s: not an IPv6 address", text);
     addr_set_v6(a, &ip, scope);
     return 0;
 }
@@ -2070,7 +2071,8 @@ static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, const
         ep_log(c->ep, DTLS_LOG_INFO, "%s closed: %s", peer, c->text);
     } else {
         c->ep->counters.handshakes_failed++;
-        ep_log(c->ep, DTLS_LOG_WARNING, "%s handshake failed: %s", peer, c->text);
+        ep_log(c->ep, reason == DTLS_CLOSE_LOCAL ? DTLS_LOG_DEBUG : DTLS_LOG_WARNING, "%s handshake failed: %s", peer,
+               c->text);
     }
     if (was == CONN_OPEN || !c->server) /* the application never heard of a handshake that a stranger failed */
         conn_raise(c, DTLS_EV_CLOSED, NULL, 0);
@@ -2832,11 +2834,22 @@ static int ep_listen_everywhere(dtls_endpoint *ep, dtls_addr *a, dtls_error *err
     return DTLS_ERR_SYSTEM;
 }
 
+/* Every peer would refuse a certificate whose extendedKeyUsage says otherwise. */
+static int ep_check_purpose(const dtls_endpoint *ep, int purpose, dtls_error *err)
+{
+    if (X509_check_purpose(SSL_CTX_get0_certificate(ep->ctx), purpose, 0) == 1)
+        return 0;
+    return fail(err, DTLS_ERR_CERT, "the certificate is not for a %s (extendedKeyUsage)",
+                purpose == X509_PURPOSE_SSL_SERVER ? "server" : "client");
+}
+
 int dtls_endpoint_listen(dtls_endpoint *ep, dtls_addr *a, dtls_error *err)
 {
     int r = 0;
     if (ep->closed)
         return fail(err, DTLS_ERR_STATE, "the endpoint was freed");
+    if (ep_check_purpose(ep, X509_PURPOSE_SSL_SERVER, err) < 0)
+        return DTLS_ERR_CERT;
     if (ep->cfg.send) {
         ep->listening = true;
         return 0;
@@ -2884,6 +2897,8 @@ static int conn_start(dtls_conn *c, const dtls_target *t, dtls_error *err)
     dtls_endpoint *ep = c->ep;
     char text[DTLS_ADDR_TEXT];
     dtls_addr_format(&t->peer, text, sizeof text);
+    if (ep_check_purpose(ep, X509_PURPOSE_SSL_CLIENT, err) < 0)
+        return DTLS_ERR_CERT;
     if (ep->counters.conns >= (size_t)ep->cfg.max_conns)
         return fail(err, DTLS_ERR_LIMIT, "%s: %d connections are open already", text, ep->cfg.max_conns);
     if (!ep->cfg.send) {
@@ -2976,6 +2991,11 @@ void *dtls_endpoint_user(const dtls_endpoint *ep)
     return ep->cfg.user;
 }
 
+dtls_loop *dtls_endpoint_loop(const dtls_endpoint *ep)
+{
+    return ep->loop;
+}
+
 static void ep_destroy(struct object *o)
 {
     dtls_endpoint *ep = (dtls_endpoint *)o;
@@ -3058,10 +3078,13 @@ static int ctx_no_password(char *buf, int size, int writing, void *user)
 static int ctx_readable(const char *file, dtls_error *err)
 {
     FILE *f = fopen(file, "r");
-    if (!f)
-        return fail(err, DTLS_ERR_CERT, "%s: %s", file, strerror(errno));
-    fclose(f);
-    return 0;
+    bool empty = f && fgetc(f) == EOF && !ferror(f);
+    int error = !f || ferror(f) ? errno : 0; /* a directory opens, too */
+    if (f)
+        fclose(f);
+    if (!error && !empty)
+        return 0;
+    return fail(err, DTLS_ERR_CERT, "%.150s: %s", file, empty ? "empty" : strerror(error));
 }
 
 static int ctx_check_dates(SSL_CTX *ctx, const char *file, dtls_error *err)
@@ -3087,7 +3110,7 @@ static int ctx_load(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
         if (ctx_readable(cfg->cert_file, err) < 0)
             return DTLS_ERR_CERT;
         if (SSL_CTX_use_certificate_chain_file(ctx, cfg->cert_file) != 1)
-            return fail(err, DTLS_ERR_CERT, "%s: no certificate in PEM form that can be used", cfg->cert_file);
+            return fail(err, DTLS_ERR_CERT, "%.150s: no certificate in PEM form that can be used", cfg->cert_file);
         if (ctx_check_dates(ctx, cfg->cert_file, err) < 0)
             return DTLS_ERR_CERT;
     }
@@ -3099,7 +3122,9 @@ static int ctx_load(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
             if (ERR_GET_LIB(ERR_peek_last_error()) == ERR_LIB_X509)
                 return fail(err, DTLS_ERR_CERT, "%s: the key does not match %s", cfg->key_file,
                             cfg->cert_file ? cfg->cert_file : "the certificate");
-            return fail(err, DTLS_ERR_CERT, "%s: no unencrypted private key in PEM form", cfg->key_file);
+            return fail(err, DTLS_ERR_CERT,
+                        "%.150s: no private key in PEM form, or one with a password ('openssl pkey' removes it)",
+                        cfg->key_file);
         }
     }
     if (cfg->ca_file) {
@@ -3108,7 +3133,7 @@ static int ctx_load(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
         STACK_OF(X509_NAME) *names = SSL_load_client_CA_file(cfg->ca_file);
         if (!names || SSL_CTX_load_verify_locations(ctx, cfg->ca_file, NULL) != 1) {
             sk_X509_NAME_pop_free(names, X509_NAME_free);
-            return fail(err, DTLS_ERR_CERT, "%s: no CA certificate in PEM form", cfg->ca_file);
+            return fail(err, DTLS_ERR_CERT, "%.150s: no CA certificate in PEM form", cfg->ca_file);
         }
         SSL_CTX_set_client_CA_list(ctx, names);
     }
@@ -3272,8 +3297,8 @@ struct options {
 static int option_seconds(const char *text, int *ms)
 {
     char *end;
-    double s = isdigit((unsigned char)text[0]) || text[0] == '.' ? strtod(text, &end) : -1;
-    if (!(s >= 0 && s <= 1000000) || *end)
+    double s = text[strspn(text, "0123456789.")] == 0 ? strtod(text, &end) : -1;
+    if (!(s >= 0 && s <= 1000000) || end == text || *end)
         return -1;
     *ms = s == 0 ? DTLS_NEVER : (int)(s * 1000 + 0.999); /* up: 0 means never */
     return 0;
@@ -3387,10 +3412,11 @@ static bool option_addr(const char *text, dtls_addr *a, dtls_error *err)
 {
     if (dtls_addr_parse(a, text, err) != 0)
         return false;
-    if (a->port != 0)
-        return true;
-    fail(err, DTLS_ERR_ADDR, "%s: the port must be a number from 1 to 65535", text);
-    return false;
+    if (a->port == 0)
+        return fail(err, DTLS_ERR_ADDR, "%.100s: the port must be a number from 1 to 65535", text) == 0;
+    if (a->family == 6 && a->ip[0] == 0xfe && (a->ip[1] & 0xc0) == 0x80 && !a->scope)
+        return fail(err, DTLS_ERR_ADDR, "%.100s: say through which interface, as in [fe80::1%%eth0]:1234", text) == 0;
+    return true;
 }
 
 /* Certificate files by option or folder; the buffers must outlive dtls_endpoint_new(). */
@@ -3420,7 +3446,10 @@ static dtls_endpoint *program_endpoint(dtls_loop *l, const struct options *o, dt
     if (ep)
         return ep;
     const char *advice = "";
-    if (access(cfg->cert_file, F_OK) < 0 || access(cfg->key_file, F_OK) < 0 || access(cfg->ca_file, F_OK) < 0)
+    bool own = o->cert || o->key || o->ca;
+    if (own)
+        advice = "";
+    else if (access(cfg->cert_file, F_OK) < 0 || access(cfg->key_file, F_OK) < 0 || access(cfg->ca_file, F_OK) < 0)
         advice = "; 'make certs' makes a set, --certs names another folder";
     else if (strstr(err.text, "expired"))
         advice = "; 'make delete-certs certs' makes new ones";
@@ -3650,9 +3679,9 @@ static int server_main(const struct options *o)
                        .idle_timeout_ms = o->idle_timeout_ms,
                        .max_conns = o->max_clients};
     s.loop = dtls_loop_new(NULL);
-    if (addrs && s.loop && program_signals(s.loop, server_stop, s.loop)) {
-        s.ep = program_endpoint(s.loop, o, &cfg);
-        if (s.ep && server_listen(&s, addrs, o->addrs_len) == 0)
+    if (addrs && s.loop) {
+        s.ep = program_endpoint(s.loop, o, &cfg); /* signals end it meanwhile, whatever a file may block on */
+        if (s.ep && server_listen(&s, addrs, o->addrs_len) == 0 && program_signals(s.loop, server_stop, s.loop))
             status = dtls_loop_run(s.loop) == 0 ? 0 : complain(1, strerror(errno));
         if (s.ep && o->level == DTLS_LOG_DEBUG)
             program_counters(s.ep);
@@ -3930,6 +3959,7 @@ static bool editor_open(struct editor *e)
     history_w(e->history, &ev, H_SETUNIQUE, 1); /* the same line twice in a row is kept once */
     el_set(e->el, EL_CLIENTDATA, e);
     el_set(e->el, EL_SIGNAL, 0);
+    el_set(e->el, EL_SETTY, "-d", "-ixon", NULL); /* ^S would stop the terminal, and with it our writes */
     el_wset(e->el, EL_GETCFN, editor_getc);
     el_wset(e->el, EL_PROMPT, editor_prompt);
     el_set(e->el, EL_EDITOR, "emacs");
@@ -3968,7 +3998,7 @@ struct client {
     SSL_SESSION *session;
     dtls_timer *next, *input_timer; /* the next address or round; pace and linger of the input */
     int backoff_ms, probes, status;
-    bool was_connected, greeted, finished;
+    bool was_connected, greeted, finished, why_final;
     char why[REASON_BYTES];
 
     struct editor *editor; /* NULL: lines from standard input */
@@ -3979,6 +4009,7 @@ struct client {
     size_t line_len; /* may count beyond what is kept */
     unsigned long line_number;
     int linger_ms;         /* after all was sent; 0: it was not */
+    int linger_least_ms;   /* a round trip: what came meanwhile may have been no answer */
     unsigned window, owed; /* lines not answered: since the last pause, and in all */
     bool line_ready, input_ended;
 };
@@ -4023,7 +4054,7 @@ static void client_end_of_input(void *user)
 static void client_input_later(struct client *cl)
 {
     bool all_sent = cl->input_ended && !cl->line_ready && cl->in_at == cl->in_len;
-    int linger_ms = cl->owed ? LINGER_OWED_MS : LINGER_MS;
+    int linger_ms = cl->owed ? LINGER_OWED_MS : cl->linger_least_ms;
     if (!all_sent) {
         dtls_timer_set(cl->input_timer, PACE_MS);
     } else if (cl->line_number == 0) {
@@ -4112,8 +4143,10 @@ static void client_read(struct client *cl)
     ssize_t n = read(STDIN_FILENO, cl->in, sizeof cl->in);
     if (n < 0 && (errno == EINTR || errno == EAGAIN))
         return;
-    if (n < 0)
+    if (n < 0) {
         client_say(cl, "dtls: standard input cannot be read");
+        cl->status = 1;
+    }
     cl->input_ended = n <= 0;
     cl->in_at = 0;
     cl->in_len = n > 0 ? (size_t)n : 0;
@@ -4169,6 +4202,7 @@ static void client_try_next(struct client *cl)
 static void client_round(struct client *cl)
 {
     cl->addrs_tried = 0;
+    cl->why_final = false;
     client_try_next(cl);
 }
 
@@ -4212,6 +4246,7 @@ static void client_forget_try(struct client *cl, const dtls_conn *c)
 
 static void client_connected(struct client *cl, dtls_conn *c)
 {
+    dtls_info info;
     client_forget_try(cl, c);
     cl->conn = c;
     while (cl->tries_len > 0) /* the other addresses were slower */
@@ -4222,6 +4257,10 @@ static void client_connected(struct client *cl, dtls_conn *c)
     cl->was_connected = true;
     SSL_SESSION_free(cl->session);
     cl->session = dtls_conn_session(c);
+    dtls_conn_info(c, &info); /* a handshake takes at least two round trips */
+    cl->linger_least_ms = info.age_ms < LINGER_MS        ? LINGER_MS
+                          : info.age_ms < LINGER_OWED_MS ? (int)info.age_ms
+                                                         : LINGER_OWED_MS;
     if (cl->editor)
         return;
     if (cl->input)
@@ -4231,7 +4270,9 @@ static void client_connected(struct client *cl, dtls_conn *c)
 
 static void client_closed(struct client *cl, dtls_conn *c)
 {
-    snprintf(cl->why, sizeof cl->why, "%s", dtls_conn_reason_text(c));
+    if (!cl->why_final) /* of several addresses' reasons, that of a server that answered */
+        snprintf(cl->why, sizeof cl->why, "%s", dtls_conn_reason_text(c));
+    cl->why_final = cl->why_final || dtls_conn_reason(c) == DTLS_CLOSE_VERIFY;
     if (dtls_conn_reason(c) == DTLS_CLOSE_ERROR) {
         SSL_SESSION_free(cl->session); /* it may be what went wrong */
         cl->session = NULL;
@@ -4312,11 +4353,14 @@ static void client_event(dtls_conn *c, dtls_event event, const void *data, size_
 static void client_edited(void *user, const char *line, size_t len)
 {
     struct client *cl = user;
+    char text[64];
     int r = cl->conn ? dtls_conn_send(cl->conn, line, len) : DTLS_ERR_STATE;
     if (len == 4 && memcmp(line, "ping", 4) == 0)
         cl->probes = 0;
     if (r == DTLS_ERR_STATE)
         client_say(cl, "not connected: not sent");
+    else if (r == DTLS_ERR_SIZE)
+        snprintf(text, sizeof text, "%zu bytes, more than %d: not sent", len, DTLS_MESSAGE_MAX), client_say(cl, text);
     else if (r != 0)
         client_say(cl, dtls_strerror(r));
 }
@@ -4397,10 +4441,14 @@ static int client_run(struct client *cl)
     signal(SIGPIPE, SIG_IGN);
     cl->next = dtls_timer_new(cl->loop, client_next_timer, cl);
     cl->input_timer = dtls_timer_new(cl->loop, client_input_timer, cl);
-    if (!cl->next || !cl->input_timer || !program_signals(cl->loop, client_signal, cl))
+    if (!cl->next || !cl->input_timer)
         return complain(1, strerror(errno));
     cl->ep = program_endpoint(cl->loop, o, &cfg);
-    if (!cl->ep || client_open_input(cl) != 0)
+    if (!cl->ep)
+        return 1;
+    if (!program_signals(cl->loop, client_signal, cl))
+        return complain(1, strerror(errno));
+    if (client_open_input(cl) != 0)
         return 1;
     cl->backoff_ms = BACKOFF_FIRST_MS;
     client_round(cl);
@@ -4443,6 +4491,9 @@ int main(int argc, char **argv)
 {
     struct options o;
     dtls_error err;
+    for (int fd = 0; fd <= STDERR_FILENO; fd++) /* a closed one would become some socket's number */
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0)
+            return 1;
     if (options_parse(&o, argc, argv, &err) < 0)
         return complain(EXIT_USAGE, err.text);
     if (o.help)

@@ -19,6 +19,9 @@
  *   endpoint  one identity (certificate, key, CA), its listening sockets, its connections.
  *   conn      one DTLS association with one peer. You get messages from it and send messages to it.
  *
+ * So: dtls_loop_new(), a dtls_config with files and on_event, dtls_endpoint_new(), then dtls_endpoint_listen() or
+ * dtls_endpoint_connect(), then dtls_loop_run(). Compile dtls.c along with your own files and link -lssl -lcrypto.
+ *
  * Threads: a loop and everything made on it belong to one thread, the one that polls it. The only call for other
  * threads is dtls_loop_post(). Loops share nothing, so several of them in several threads are independent.
  *
@@ -246,8 +249,9 @@ int dtls_endpoint_input(dtls_endpoint *ep, const void *data, size_t len, const d
 /* Calls fn for each connected peer (not those still in handshake); fn may close any of them. */
 void dtls_endpoint_each(dtls_endpoint *ep, void (*fn)(dtls_conn *conn, void *user), void *user);
 
-/* config.user */
+/* config.user, and the loop it was made on (to stop it from a callback, say). */
 void *dtls_endpoint_user(const dtls_endpoint *ep);
+dtls_loop *dtls_endpoint_loop(const dtls_endpoint *ep);
 
 /* Closes every connection (close_notify, DTLS_EV_CLOSED) and every socket, and frees the endpoint. NULL is fine. */
 void dtls_endpoint_free(dtls_endpoint *ep);
@@ -294,7 +298,8 @@ typedef enum dtls_reason {
     DTLS_CLOSE_TIMEOUT,  /* the handshake did not finish in time, or gave way to newer ones */
     DTLS_CLOSE_IDLE,     /* nothing authentic came for idle_timeout_ms */
     DTLS_CLOSE_REPLACED, /* the same address completed a new association (RFC 6347 section 4.2.8) */
-    DTLS_CLOSE_REFUSED,  /* the peer refused: its alert, or ICMP says nobody is there */
+    DTLS_CLOSE_REFUSED,  /* the peer refused: its alert, or ICMP says nobody is there. Anybody can send these, so it */
+                         /* takes 3 s in which nothing else comes */
     DTLS_CLOSE_VERIFY,   /* we refused the peer's certificate */
     DTLS_CLOSE_ERROR     /* a protocol error, a fatal alert, or no memory */
 } dtls_reason;
@@ -319,7 +324,7 @@ int dtls_conn_send(dtls_conn *conn, const void *data, size_t len);
 /* The largest message that needs no IP fragmentation (DTLS_get_data_mtu); 0 before the handshake is done. */
 size_t dtls_conn_payload_max(const dtls_conn *conn);
 
-/* Sends close_notify once, raises DTLS_EV_CLOSED and lets go; never waits. */
+/* Sends close_notify once, raises DTLS_EV_CLOSED before it returns, and lets go; never waits. */
 void dtls_conn_close(dtls_conn *conn);
 
 /* Strings in info are valid until the connection is gone. */

@@ -71,10 +71,7 @@ run() { # program, file that must have been built or "", command...
 }
 
 : >"$log"
-sh tests/setup.sh test || {
-    say 'not ok - setup'
-    finish
-}
+sh tests/setup.sh test || exit
 
 cc=${CC:-cc}
 sanitize='-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1'

@@ -6,7 +6,7 @@ log=$(mktemp) || exit 1
 server=
 trap '[ -z "$server" ] || { kill "$server"; wait "$server"; } 2>/dev/null; rm -f "$log"' EXIT
 trap 'exit 129' HUP
-trap 'exit 130' INT
+trap : INT # the client's to handle
 trap 'exit 143' TERM
 
 start() {

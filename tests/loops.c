@@ -54,6 +54,8 @@ static void on_event(dtls_conn *conn, dtls_event event, const void *data, size_t
     }
 }
 
+static dtls_config more; /* what a test adds to the configuration */
+
 static void open_side(struct side *s, const char *name)
 {
     char cert[512], key[512], ca[512];
@@ -61,7 +63,12 @@ static void open_side(struct side *s, const char *name)
     snprintf(cert, sizeof cert, "%s/%s.pem", certs, name);
     snprintf(key, sizeof key, "%s/%s.key", certs, name);
     snprintf(ca, sizeof ca, "%s/ca.pem", certs);
-    dtls_config config = {.cert_file = cert, .key_file = key, .ca_file = ca, .on_event = on_event, .user = s};
+    dtls_config config = more;
+    config.cert_file = cert;
+    config.key_file = key;
+    config.ca_file = ca;
+    config.on_event = on_event;
+    config.user = s;
     memset(s, 0, sizeof *s);
     s->loop = dtls_loop_new(NULL);
     s->ep = dtls_endpoint_new(s->loop, &config, &err);
@@ -236,6 +243,31 @@ static void test_threads(void)
     check(good, "loops in several threads, posts from another");
 }
 
+/* A server that slept takes what wakes it for what it is: not as old as its sleep. */
+static void test_quiet_server(void)
+{
+    struct side server, client;
+    pthread_t thread;
+    dtls_info info;
+    more = (dtls_config){.cookie_ms = 200, .idle_timeout_ms = 1000, .handshake_timeout_ms = 1500};
+    open_server(&server);
+    pthread_create(&thread, NULL, serve, &server);
+    poll(NULL, 0, 600); /* silence is the matter here: longer than both cookie secrets live */
+    connect_to(&client, &server);
+    check(turn_until(&client, &client.connected, 1), "a cookie after a long silence is good");
+    for (int i = 1; i <= 2; i++) {
+        poll(NULL, 0, 700);
+        dtls_conn_send(client.conn, "still here", 10);
+        turn_until(&client, &client.messages, i);
+    }
+    dtls_conn_info(client.conn, &info);
+    check(client.messages == 2 && info.age_ms > 1000, "idle time counts from the last message");
+    dtls_loop_free(client.loop);
+    pthread_join(thread, NULL);
+    dtls_loop_free(server.loop);
+    more = (dtls_config){0};
+}
+
 int main(int argc, char **argv)
 {
     if (argc != 2)
@@ -245,5 +277,6 @@ int main(int argc, char **argv)
     test_foreign_loop();
     test_fairness();
     test_threads();
+    test_quiet_server();
     return failed;
 }
