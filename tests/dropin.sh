@@ -54,3 +54,16 @@ until answer=$(printf 'hello\n' | "$DTLS_BIN" client "$addr" 2>client.log); do
 done
 [ "$answer" = hello ] || fail 'drop-in echoes' "got '$answer' for 'hello'"
 echo 'ok - drop-in echoes'
+
+cd - >/dev/null || exit 1
+block 'drop-in client' >"$scratch/client.c"
+cd "$scratch" || exit 1
+cc -O2 -o client client.c dtls.c -lssl -lcrypto >build.log 2>&1 || {
+    cat build.log
+    fail 'drop-in client compiles' 'see above'
+}
+answer=$(./client "$addr" 2>client.log) && [ "$answer" = hello ] || {
+    cat client.log
+    fail 'drop-in client talks to it' "got '$answer'"
+}
+echo 'ok - drop-in client talks to it'
