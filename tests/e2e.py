@@ -525,9 +525,11 @@ class Relay(threading.Thread):
         self.clients = {}  # socket towards the server: client's address
         self.log = []  # every Datagram that came, lost or not
         self.lost = 0
+        self.late = collections.deque()  # under way: (due, socket, data, to)
         # What may be changed at any time:
         self.blocked = False
         self.loss = 0.0
+        self.delay = 0.0  # seconds each way
         self.limit = 65535  # payload bytes; larger datagrams vanish
         self.to_server_first = []  # forged datagrams that go ahead of each real one
         self.to_client_first = []
@@ -549,7 +551,8 @@ class Relay(threading.Thread):
             selector.register(self.front, selectors.EVENT_READ)
             selector.register(self.wakee, selectors.EVENT_READ)
             while True:
-                for key, _ in selector.select():
+                self.deliver_late()
+                for key, _ in selector.select(max(self.late[0][0] - time.monotonic(), 0) if self.late else None):
                     if key.fileobj is self.wakee:
                         return
                     try:
@@ -580,7 +583,14 @@ class Relay(threading.Thread):
                 self.lost += 1
                 return
             for data in [*forged, datagram.data]:
-                self.send(sock, data, to)
+                if self.delay:
+                    self.late.append((datagram.when + self.delay, sock, data, to))
+                else:
+                    self.send(sock, data, to)
+
+    def deliver_late(self):
+        while self.late and self.late[0][0] <= time.monotonic():
+            self.send(*self.late.popleft()[1:])
 
     @staticmethod
     def send(sock, data, to):
@@ -1100,6 +1110,23 @@ def what_others_broadcast_does_not_keep_a_pipe(t):
         time.sleep(0.05)
     piped.exits(0)
     check("pong" in piped.out.lines(), f"no pong in {piped.out.text!r}")
+    noisy.kill()
+
+
+@test
+def what_others_broadcast_is_no_answer(t):
+    """On a slow link: the answer takes longer than the linger after what came instead."""
+    server = t.server()
+    relay = t.relay(server)
+    relay.delay = 0.3
+    noisy = t.client(server)
+    piped = t.client(relay, stdin=b"echo mine\n")
+    server.connected(nth=2)
+    while piped.running():
+        noisy.send("bc noise")
+        time.sleep(0.05)
+    piped.exits(0)
+    check("mine" in piped.out.lines(), f"no answer in {piped.out.text!r}")
     noisy.kill()
 
 
