@@ -4438,7 +4438,6 @@ static int client_run(struct client *cl)
     cfg.idle_ms = o->keepalive_ms;
     cfg.idle_repeat_ms = probe_ms > 0 ? probe_ms : PROBE_MS;
     cfg.idle_timeout_ms = o->keepalive_ms == DTLS_NEVER ? DTLS_NEVER : o->keepalive_ms + PROBES * probe_ms;
-    signal(SIGPIPE, SIG_IGN);
     cl->next = dtls_timer_new(cl->loop, client_next_timer, cl);
     cl->input_timer = dtls_timer_new(cl->loop, client_input_timer, cl);
     if (!cl->next || !cl->input_timer)
@@ -4491,6 +4490,7 @@ int main(int argc, char **argv)
 {
     struct options o;
     dtls_error err;
+    signal(SIGPIPE, SIG_IGN);                   /* nobody reads our log: no reason to stop */
     for (int fd = 0; fd <= STDERR_FILENO; fd++) /* a closed one would become some socket's number */
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0)
             return 1;
