@@ -1476,15 +1476,16 @@ enum {
 
     COOKIE_BYTES = 16, /* keeps a HelloVerifyRequest (44 bytes) below any ClientHello */
     COOKIE_SECRET = 32,
-    HINT_GRACE_MS = 3000,  /* silence that makes an unauthenticated refusal credible */
-    HINT_RETRY_MS = 1000,  /* the same before a client tries once more, and to believe it then */
-    STALL_MS = 6000,       /* a client's handshake stands still for so long: it begins anew; doubled each time */
+    HINT_GRACE_MS = 3000, /* silence that makes an unauthenticated refusal credible */
+    HINT_RETRY_MS = 1000, /* the same before a client tries once more, and to believe it then */
+    STALL_MS = 6000,      /* a client's handshake stands still for so long: it begins anew; half of it more each time */
     STALL_HELLO_MS = 2000, /* the same while the server has only its cookie to lose */
-    RESTARTS_MAX = 5,
-    RESTARTS_REFUSED = 2, /* after alerts */
-    RESTARTS_VERIFY = 1,  /* after refusing the peer's certificate */
+    FAULTS_MAX = 5,        /* failures after which a client begins anew */
+    FAULTS_REFUSED = 2,    /* the same for the peer's alerts */
+    FAULTS_VERIFY = 1,     /* the same for a certificate that we refuse */
     NO_ALERT = -1,
-    QUIET_MS = 1000, /* no traffic for so long: libssl's record buffers, 33 KB, go back */
+    HELLO_WAIT_MS = 1000, /* at most between ClientHellos until one is answered */
+    QUIET_MS = 1000,      /* no traffic for so long: libssl's record buffers, 33 KB, go back */
     MTU_FALLBACK_1 = 1280,
     MTU_FALLBACK_2 = 576,
     IP4_UDP_HEADERS = 28,
@@ -1519,7 +1520,7 @@ struct dtls_conn {
     size_t in_len;
     bool in_renumber, in_peek;
     uint64_t in_sequence; /* next number for a renumbered record */
-    unsigned early, restarts, fallbacks, resent;
+    unsigned early, restarts, faults, fallbacks, resent;
     int mtu;     /* the link's, as far as known */
     bool output; /* libssl wrote a datagram since this was cleared */
 
@@ -1825,8 +1826,12 @@ static void ep_log(dtls_endpoint *ep, dtls_log level, const char *format, ...)
  * twofold: at 30 % loss each way that takes the slowest in a hundred handshakes from 14 s to 10 s. */
 static unsigned conn_retransmit_us(SSL *ssl, unsigned last_us)
 {
-    const dtls_config *cfg = &conn_of(ssl)->ep->cfg;
+    const dtls_conn *c = conn_of(ssl);
+    const dtls_config *cfg = &c->ep->cfg;
     unsigned first = (unsigned)cfg->retransmit_ms * 1000u, max = (unsigned)cfg->retransmit_max_ms * 1000u;
+    /* Until the first answer only one side tries, and its datagram is small and costs the other nothing. */
+    if (!c->server && !c->answered && max > HELLO_WAIT_MS * 1000u)
+        max = first > HELLO_WAIT_MS * 1000u ? first : HELLO_WAIT_MS * 1000u;
     if (last_us == 0)
         return first;
     return last_us > max / 3 * 2 ? max : last_us / 2 * 3;
@@ -1963,9 +1968,9 @@ static int64_t conn_dead_at(const dtls_conn *c)
 static int64_t conn_stalled_at(const dtls_conn *c)
 {
     int64_t patience = (c->step == TLS_ST_CW_CLNT_HELLO ? STALL_HELLO_MS : STALL_MS) * (int64_t)1000;
-    if (!c->cookie_seen || c->restarts >= RESTARTS_MAX)
+    if (!c->cookie_seen)
         return INT64_MAX;
-    return c->step_at + (patience << c->restarts) + 2 * c->answer_us;
+    return c->step_at + patience * (2 + c->restarts) / 2 + 2 * c->answer_us;
 }
 
 static bool conn_may_retry_refusal(const dtls_conn *c)
@@ -2151,8 +2156,8 @@ static void conn_restart(dtls_conn *c)
 /* Whether a failure may come from a damaged message; a certificate that was damaged looks like a wrong one. */
 static bool conn_may_restart(const dtls_conn *c, int reason)
 {
-    unsigned max = reason == SSL_R_CERTIFICATE_VERIFY_FAILED ? RESTARTS_VERIFY : RESTARTS_MAX;
-    return !c->server && c->state == CONN_HANDSHAKE && c->restarts < max;
+    unsigned max = reason == SSL_R_CERTIFICATE_VERIFY_FAILED ? FAULTS_VERIFY : FAULTS_MAX;
+    return !c->server && c->state == CONN_HANDSHAKE && c->faults < max;
 }
 
 /* libssl gave up: once more, or find the words. */
@@ -2162,6 +2167,7 @@ static void conn_fail(dtls_conn *c)
     int reason = ERR_GET_REASON(e);
     const char *text = ERR_reason_error_string(e);
     if (conn_may_restart(c, reason)) { /* not at once: what else of this handshake is under way comes first */
+        c->faults++;
         c->restart_at = loop_now(c->loop) + c->ep->cfg.retransmit_ms * (int64_t)1000;
         conn_arm(c);
         return;
@@ -2383,7 +2389,7 @@ static void conn_handshake_timer(dtls_conn *c, int64_t now)
         if (now >= c->restart_at)
             conn_restart(c);
     } else if (now >= conn_hint_ripe_at(c)) {
-        if (conn_may_retry_refusal(c) && c->restarts < RESTARTS_REFUSED)
+        if (conn_may_retry_refusal(c) && c->faults++ < FAULTS_REFUSED)
             conn_restart(c); /* an alert may be about a damaged or forged message */
         else
             conn_end(c, DTLS_CLOSE_REFUSED, "%s", c->hint);
