@@ -101,7 +101,8 @@ enum {
 /* Every object that can end inside a callback starts with this: the end of the turn frees it. */
 struct object {
     struct object *prev, *next;
-    void (*destroy)(struct object *object);
+    void (*end)(struct object *object);     /* those that a loop's user made: what dtls_loop_free() calls */
+    void (*destroy)(struct object *object); /* at the end of the turn */
 };
 
 struct timer {
@@ -171,6 +172,11 @@ static int64_t clock_monotonic_us(void *user)
     (void)user;
     clock_gettime(CLOCK_MONOTONIC, &ts);
     return (int64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
+}
+
+static int64_t us(int ms)
+{
+    return ms * (int64_t)1000;
 }
 
 static int fd_prepare(int fd)
@@ -757,6 +763,11 @@ static void loop_bury(dtls_loop *l, struct object *o)
     list_add(&l->dead, o);
 }
 
+static void object_free(struct object *o)
+{
+    free(o);
+}
+
 /* Timers: a binary heap. Room is reserved when a timer is made, so that setting one cannot fail. */
 
 static int timer_init(dtls_loop *l, struct timer *t, void (*fn)(void *user), void *user)
@@ -829,9 +840,11 @@ static void timer_run(dtls_loop *l)
     }
 }
 
-static void timer_destroy(struct object *o)
+static void timer_end(struct object *o)
 {
-    free(o);
+    dtls_timer *t = (dtls_timer *)o;
+    timer_done(t->loop, &t->timer);
+    loop_bury(t->loop, o);
 }
 
 dtls_timer *dtls_timer_new(dtls_loop *l, void (*fn)(void *user), void *user)
@@ -842,7 +855,8 @@ dtls_timer *dtls_timer_new(dtls_loop *l, void (*fn)(void *user), void *user)
         return NULL;
     }
     t->loop = l;
-    t->object.destroy = timer_destroy;
+    t->object.end = timer_end;
+    t->object.destroy = object_free;
     list_add(&l->live, &t->object);
     return t;
 }
@@ -855,20 +869,13 @@ void dtls_timer_set(dtls_timer *t, int64_t delay_ms)
         timer_set(t->loop, &t->timer, loop_now(t->loop) + delay_ms * 1000);
 }
 
-static void timer_free(struct object *o)
-{
-    dtls_timer *t = (dtls_timer *)o;
-    timer_done(t->loop, &t->timer);
-    loop_bury(t->loop, o);
-}
-
 void dtls_timer_free(dtls_timer *t)
 {
     if (!t)
         return;
     dtls_loop *l = t->loop;
     loop_enter(l);
-    timer_free(&t->object);
+    timer_end(&t->object);
     loop_leave(l);
 }
 
@@ -881,9 +888,12 @@ static void loop_fire(dtls_watch *w, unsigned events)
         w->fn(w->user, w->fd, events);
 }
 
-static void watch_destroy(struct object *o)
+static void watch_end(struct object *o)
 {
-    free(o);
+    dtls_watch *w = (dtls_watch *)o;
+    backend_watch(w, 0);
+    w->dead = true; /* events of this turn may still name it */
+    loop_bury(w->loop, o);
 }
 
 dtls_watch *dtls_watch_new(dtls_loop *l, int fd, unsigned events, void (*fn)(void *user, int fd, unsigned events),
@@ -892,7 +902,8 @@ dtls_watch *dtls_watch_new(dtls_loop *l, int fd, unsigned events, void (*fn)(voi
     dtls_watch *w = calloc(1, sizeof *w);
     if (!w)
         return NULL;
-    *w = (dtls_watch){.object.destroy = watch_destroy, .loop = l, .fd = fd, .fn = fn, .user = user};
+    *w =
+        (dtls_watch){.object = {.end = watch_end, .destroy = object_free}, .loop = l, .fd = fd, .fn = fn, .user = user};
     if (dtls_watch_set(w, events) < 0) {
         free(w);
         return NULL;
@@ -915,9 +926,7 @@ void dtls_watch_free(dtls_watch *w)
         return;
     dtls_loop *l = w->loop;
     loop_enter(l);
-    backend_watch(w, 0);
-    w->dead = true; /* events of this turn may still name it */
-    loop_bury(l, &w->object);
+    watch_end(&w->object);
     loop_leave(l);
 }
 
@@ -1063,8 +1072,6 @@ void dtls_loop_stop(dtls_loop *l)
     l->stopping = true;
 }
 
-static void ep_free(struct object *o);
-
 void dtls_loop_free(dtls_loop *l)
 {
     if (!l)
@@ -1073,17 +1080,8 @@ void dtls_loop_free(dtls_loop *l)
     for (struct signal_watch *s = l->signals; s < l->signals + SIGNALS_MAX; s++)
         if (s->signo)
             dtls_loop_signal(l, s->signo, NULL, NULL);
-    for (;;) { /* each kind has its own way to end; endpoints run callbacks, which may make or end others */
-        struct object *o = l->live.next;
-        if (o == &l->live)
-            break;
-        if (o->destroy == watch_destroy)
-            dtls_watch_free((dtls_watch *)o);
-        else if (o->destroy == timer_destroy)
-            timer_free(o);
-        else
-            ep_free(o);
-    }
+    while (l->live.next != &l->live) /* endpoints run callbacks, which may make or end others */
+        l->live.next->end(l->live.next);
     loop_leave(l);
     loop_run_posts(l, false);
     backend_close(l);
@@ -1791,8 +1789,8 @@ static long bio_ctrl(BIO *b, int cmd, long num, void *ptr)
     case BIO_CTRL_DGRAM_SET_PEEK_MODE:
         c->in_peek = num != 0;
         return 1;
-    default: /* SET_NEXT_TIMEOUT, SET_CONNECTED, GET_PEER, SET_PEER, WPENDING, PUSH, POP, GET_KTLS_SEND and _RECV (73, 76)
-                and whatever comes: we know our peer and our timer ourselves, nothing waits, no KTLS */
+    default: /* SET_NEXT_TIMEOUT, SET_CONNECTED, GET_PEER, SET_PEER, WPENDING, PUSH, POP, GET_KTLS_SEND (73) and _RECV
+                (76), and whatever comes: we know our peer and our timer ourselves, nothing waits, no KTLS */
         return 0;
     }
 }
@@ -1816,12 +1814,6 @@ static dtls_conn *conn_of(SSL *ssl)
 
 static void ep_unlist(dtls_conn *c);
 static void ep_replace(dtls_conn *c);
-static void ep_log(dtls_endpoint *ep, dtls_log level, const char *format, ...)
-#ifdef __GNUC__
-    __attribute__((format(printf, 3, 4)))
-#endif
-    ;
-
 /* RFC 6347 section 4.2.4.1, with our first value and cap instead of libssl's 1 s and 60 s. Growing by half and not
  * twofold: at 30 % loss each way that takes the slowest in a hundred handshakes from 14 s to 10 s. */
 static unsigned conn_retransmit_us(SSL *ssl, unsigned last_us)
@@ -1953,21 +1945,21 @@ static int64_t conn_idle_at(const dtls_conn *c)
     if (cfg->idle_ms <= 0)
         return INT64_MAX;
     if (c->idle_raised > c->last_in)
-        return c->idle_raised + cfg->idle_repeat_ms * (int64_t)1000;
-    return c->last_in + cfg->idle_ms * (int64_t)1000;
+        return c->idle_raised + us(cfg->idle_repeat_ms);
+    return c->last_in + us(cfg->idle_ms);
 }
 
 static int64_t conn_dead_at(const dtls_conn *c)
 {
     int ms = c->ep->cfg.idle_timeout_ms;
-    return ms == DTLS_NEVER ? INT64_MAX : c->last_in + ms * (int64_t)1000;
+    return ms == DTLS_NEVER ? INT64_MAX : c->last_in + us(ms);
 }
 
 /* When a client's handshake counts as stalled. A server without cookies would take a new start for a stale
  * ClientHello. */
 static int64_t conn_stalled_at(const dtls_conn *c)
 {
-    int64_t patience = (c->step == TLS_ST_CW_CLNT_HELLO ? STALL_HELLO_MS : STALL_MS) * (int64_t)1000;
+    int64_t patience = us(c->step == TLS_ST_CW_CLNT_HELLO ? STALL_HELLO_MS : STALL_MS);
     if (!c->cookie_seen)
         return INT64_MAX;
     return c->step_at + patience * (2 + c->restarts) / 2 + 2 * c->answer_us;
@@ -1981,11 +1973,11 @@ static bool conn_may_retry_refusal(const dtls_conn *c)
 /* When a claim that the peer refuses us is acted upon. */
 static int64_t conn_hint_ripe_at(const dtls_conn *c)
 {
-    int64_t grace = HINT_GRACE_MS * (int64_t)1000;
+    int64_t grace = us(HINT_GRACE_MS);
     if (conn_may_retry_refusal(c))
-        grace = HINT_RETRY_MS * (int64_t)1000;
-    else if (c->server && grace < c->ep->cfg.retransmit_max_ms * (int64_t)1000)
-        grace = c->ep->cfg.retransmit_max_ms * (int64_t)1000; /* the client may only be between two tries */
+        grace = us(HINT_RETRY_MS);
+    else if (c->server && grace < us(c->ep->cfg.retransmit_max_ms))
+        grace = us(c->ep->cfg.retransmit_max_ms); /* the client may only be between two tries */
     return c->hint_at ? c->hint_at + grace + 2 * c->answer_us : INT64_MAX;
 }
 
@@ -2003,14 +1995,14 @@ static void conn_arm(dtls_conn *c)
             at = earlier(at, earlier(conn_stalled_at(c), conn_hint_ripe_at(c)));
         if (!c->restart_at && DTLSv1_get_timeout(c->ssl, &left)) {
             /* libssl's timer follows the wall clock: after a step it could be far off, so never wait past the cap */
-            int64_t us = left.tv_sec * (int64_t)1000000 + left.tv_usec;
-            us = earlier(us, c->ep->cfg.retransmit_max_ms * (int64_t)1000);
-            at = earlier(at, now + (us < 1000 ? 1000 : us));
+            int64_t wait = left.tv_sec * (int64_t)1000000 + left.tv_usec;
+            wait = earlier(wait, us(c->ep->cfg.retransmit_max_ms));
+            at = earlier(at, now + (wait < us(1) ? us(1) : wait));
         }
     } else {
         at = earlier(conn_idle_at(c), conn_dead_at(c));
         if (c->buffers)
-            at = earlier(at, now + QUIET_MS * (int64_t)1000);
+            at = earlier(at, now + us(QUIET_MS));
     }
     if (at == INT64_MAX)
         timer_stop(c->loop, &c->timer);
@@ -2038,16 +2030,32 @@ static void conn_raise(dtls_conn *c, dtls_event event, const void *data, size_t 
         c->ep->cfg.on_event(c, event, data, len);
 }
 
-static void conn_log(dtls_conn *c, const char *what)
+static void conn_log(const dtls_conn *c, dtls_log level, const char *format, ...)
+#ifdef __GNUC__
+    __attribute__((format(printf, 3, 4)))
+#endif
+    ;
+
+/* One line: the peer's address, then what happened. */
+static void conn_log(const dtls_conn *c, dtls_log level, const char *format, ...)
 {
-    char peer[DTLS_ADDR_TEXT];
-    ep_log(c->ep, DTLS_LOG_DEBUG, "%s %s", dtls_addr_format(&c->peer, peer, sizeof peer), what);
+    const dtls_config *cfg = &c->ep->cfg;
+    char line[512];
+    va_list args;
+    if (!cfg->on_log)
+        return;
+    dtls_addr_format(&c->peer, line, DTLS_ADDR_TEXT);
+    size_t n = strlen(line);
+    line[n++] = ' ';
+    va_start(args, format);
+    vsnprintf(line + n, sizeof line - n, format, args);
+    va_end(args);
+    cfg->on_log(cfg->user, level, line);
 }
 
 /* The one way a connection ends. The peer is told when it can understand it, the application once. */
 static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, const char *what)
 {
-    char peer[DTLS_ADDR_TEXT];
     enum conn_state was = c->state;
     if (was == CONN_CLOSED)
         return;
@@ -2071,13 +2079,11 @@ static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, const
     if (c->udp && c->udp->conn == c)
         udp_free(c->udp);
     loop_bury(c->loop, &c->object);
-    dtls_addr_format(&c->peer, peer, sizeof peer);
     if (was == CONN_OPEN) {
-        ep_log(c->ep, DTLS_LOG_INFO, "%s closed: %s", peer, c->text);
+        conn_log(c, DTLS_LOG_INFO, "closed: %s", c->text);
     } else {
         c->ep->counters.handshakes_failed++;
-        ep_log(c->ep, reason == DTLS_CLOSE_LOCAL ? DTLS_LOG_DEBUG : DTLS_LOG_WARNING, "%s handshake failed: %s", peer,
-               c->text);
+        conn_log(c, reason == DTLS_CLOSE_LOCAL ? DTLS_LOG_DEBUG : DTLS_LOG_WARNING, "handshake failed: %s", c->text);
     }
     if (was == CONN_OPEN || !c->server) /* the application never heard of a handshake that a stranger failed */
         conn_raise(c, DTLS_EV_CLOSED, NULL, 0);
@@ -2116,17 +2122,11 @@ static bool conn_is_expected(const dtls_conn *c, X509 *cert)
     return ip_len ? X509_check_ip(cert, ip, ip_len, 0) == 1 : X509_check_host(cert, c->name, 0, NAME_FLAGS, NULL) == 1;
 }
 
-/* A new SSL for a client's handshake, the first one or one more. */
-static SSL *conn_client_ssl(dtls_conn *c)
+/* Makes an SSL a client's, for its first handshake or one more. */
+static bool conn_be_client(const dtls_conn *c, SSL *ssl)
 {
-    SSL *ssl = conn_ssl_new(c);
-    if (!ssl)
-        return NULL;
     SSL_set_connect_state(ssl);
-    if (conn_expect(c, ssl) && (!c->session || SSL_set_session(ssl, c->session) == 1))
-        return ssl;
-    SSL_free(ssl);
-    return NULL;
+    return conn_expect(c, ssl) && (!c->session || SSL_set_session(ssl, c->session) == 1);
 }
 
 /* Plaintext handshake messages may arrive damaged or forged: the peer that stumbles over one forgets the handshake,
@@ -2134,8 +2134,9 @@ static SSL *conn_client_ssl(dtls_conn *c)
  * cookie exchange lets it replace what is left of the first try. */
 static void conn_restart(dtls_conn *c)
 {
-    SSL *ssl = conn_client_ssl(c);
-    if (!ssl) {
+    SSL *ssl = conn_ssl_new(c);
+    if (!ssl || !conn_be_client(c, ssl)) {
+        SSL_free(ssl);
         conn_end(c, DTLS_CLOSE_ERROR, "out of %s", "memory");
         return;
     }
@@ -2148,7 +2149,7 @@ static void conn_restart(dtls_conn *c)
     c->step = TLS_ST_BEFORE;
     c->answered = c->cookie_seen = false;
     c->restart_at = c->hint_at = 0;
-    conn_log(c, "begins its handshake anew");
+    conn_log(c, DTLS_LOG_DEBUG, "begins its handshake anew");
     if (c->state == CONN_HANDSHAKE) /* the log may have ended it */
         conn_drive(c);
 }
@@ -2168,7 +2169,7 @@ static void conn_fail(dtls_conn *c)
     const char *text = ERR_reason_error_string(e);
     if (conn_may_restart(c, reason)) { /* not at once: what else of this handshake is under way comes first */
         c->faults++;
-        c->restart_at = loop_now(c->loop) + c->ep->cfg.retransmit_ms * (int64_t)1000;
+        c->restart_at = loop_now(c->loop) + us(c->ep->cfg.retransmit_ms);
         conn_arm(c);
         return;
     }
@@ -2207,7 +2208,6 @@ static size_t conn_record_overhead(const SSL_CIPHER *cipher)
 
 static void conn_open(dtls_conn *c)
 {
-    char peer[DTLS_ADDR_TEXT];
     X509 *cert = SSL_get1_peer_certificate(c->ssl);
     c->resumed = SSL_session_reused(c->ssl) == 1;
     /* A resumed handshake verifies nothing again: neither dates nor names. */
@@ -2231,8 +2231,8 @@ static void conn_open(dtls_conn *c)
     if (c->server)
         ep_replace(c);
     if (c->state == CONN_HANDSHAKE)
-        ep_log(c->ep, DTLS_LOG_INFO, "%s connected: %s, %s, %s", dtls_addr_format(&c->peer, peer, sizeof peer),
-               c->peer_name, SSL_get_cipher_name(c->ssl), c->resumed ? "resumed session" : "full handshake");
+        conn_log(c, DTLS_LOG_INFO, "connected: %s, %s, %s", c->peer_name, SSL_get_cipher_name(c->ssl),
+                 c->resumed ? "resumed session" : "full handshake");
     if (c->state != CONN_HANDSHAKE)
         return;
     SSL_SESSION_free(c->session);
@@ -2403,7 +2403,7 @@ static void conn_handshake_timer(dtls_conn *c, int64_t now)
         if (r > 0) {
             c->resent++;
             c->ep->counters.retransmissions++;
-            conn_log(c, "did not answer in time: flight sent again");
+            conn_log(c, DTLS_LOG_DEBUG, "did not answer in time: flight sent again");
         } else if (r < 0) { /* libssl gives up after 12 */
             conn_timed_out(c, now);
         }
@@ -2539,18 +2539,6 @@ SSL *dtls_conn_ssl(const dtls_conn *c)
 
 /* ==== 7. endpoint ================================================================================================= */
 
-static void ep_log(dtls_endpoint *ep, dtls_log level, const char *format, ...)
-{
-    char line[512];
-    va_list args;
-    if (!ep->cfg.on_log)
-        return;
-    va_start(args, format);
-    vsnprintf(line, sizeof line, format, args);
-    va_end(args);
-    ep->cfg.on_log(ep->cfg.user, level, line);
-}
-
 /* The connection table: chained, hashed by the peer's address and compared by both, since one peer may talk to two of
  * ours from one port. */
 
@@ -2627,12 +2615,21 @@ static void ep_unlist(dtls_conn *c)
     ep->counters.conns--;
 }
 
+/* Gives way to a new association from the same addresses. A handshake that the client refused says so. */
+static void conn_give_way(dtls_conn *old)
+{
+    if (old->state == CONN_HANDSHAKE && old->hint_at)
+        conn_end(old, DTLS_CLOSE_REFUSED, "%s", old->hint);
+    else
+        conn_end(old, DTLS_CLOSE_REPLACED, "replaced by a new association from the same %s", "address");
+}
+
 /* A handshake is done: what the same addresses had before is over (RFC 6347 section 4.2.8). */
 static void ep_replace(dtls_conn *c)
 {
     dtls_conn *old = ep_next_same(c);
     if (old)
-        conn_end(old, DTLS_CLOSE_REPLACED, "replaced by a new association from the same %s", "address");
+        conn_give_way(old);
 }
 
 /* Cookies: RFC 6347 section 4.2.1. The address pair under a secret that changes; the one before stays valid. Nothing of
@@ -2651,7 +2648,7 @@ static void cookie_make(const dtls_conn *c, const uint8_t secret[COOKIE_SECRET],
 
 static void cookie_rotate(dtls_endpoint *ep)
 {
-    int64_t period = ep->cfg.cookie_ms * (int64_t)1000, age = ep->loop->now - ep->secret_at;
+    int64_t period = us(ep->cfg.cookie_ms), age = ep->loop->now - ep->secret_at;
     if (age < period)
         return;
     for (int n = age < 2 * period ? 1 : 2; n > 0; n--) { /* after a long silence both are too old */
@@ -2726,10 +2723,8 @@ static void ep_hello(dtls_endpoint *ep, struct udp *u, const struct record *r, c
     }
 
     ep->spare = NULL;
-    if (old && old->state == CONN_HANDSHAKE && old->hint_at)
-        conn_end(old, DTLS_CLOSE_REFUSED, "%s", old->hint);
-    else if (old && old->state == CONN_HANDSHAKE)
-        conn_end(old, DTLS_CLOSE_REPLACED, "replaced by a new association from the same %s", "address");
+    if (old && old->state == CONN_HANDSHAKE)
+        conn_give_way(old);
     while (ep->counters.handshakes > 0 &&
            (ep->counters.handshakes >= (size_t)ep->cfg.max_handshakes || (!old && ep->counters.conns >= conns)))
         ep_crowd_out(ep);
@@ -2740,7 +2735,7 @@ static void ep_hello(dtls_endpoint *ep, struct udp *u, const struct record *r, c
     }
     ep->counters.handshakes++;
     c->started = loop_now(ep->loop);
-    c->deadline = c->started + ep->cfg.handshake_timeout_ms * (int64_t)1000;
+    c->deadline = c->started + us(ep->cfg.handshake_timeout_ms);
     c->in_sequence = r->sequence + 1;
     c->heard = true;
     DTLS_set_timer_cb(c->ssl, conn_retransmit_us); /* listening cleared it */
@@ -2921,11 +2916,8 @@ static int conn_start(dtls_conn *c, const dtls_target *t, dtls_error *err)
         return fail(err, r, "%.100s: not a name to expect in a certificate", t->name);
     if (t->session && SSL_SESSION_up_ref(t->session) == 1)
         c->session = t->session;
-    SSL *ssl = conn_client_ssl(c);
-    if (!ssl)
+    if (!conn_be_client(c, c->ssl))
         return fail(err, DTLS_ERR_TLS, "%s: OpenSSL does not take the name or the session", text);
-    SSL_free(c->ssl);
-    c->ssl = ssl;
     if (ep_list(c) < 0)
         return fail(err, DTLS_ERR_MEMORY, "out of memory");
     errors_clear();
@@ -2953,7 +2945,7 @@ dtls_conn *dtls_endpoint_connect(dtls_endpoint *ep, const dtls_target *t, dtls_e
         c->local = t->local;
         c->user = t->user;
         c->started = loop_now(ep->loop);
-        c->deadline = c->started + ep->cfg.handshake_timeout_ms * (int64_t)1000;
+        c->deadline = c->started + us(ep->cfg.handshake_timeout_ms);
         if (conn_start(c, t, err) == 0) {
             conn_arm(c);
         } else {
@@ -3016,7 +3008,7 @@ static void ep_destroy(struct object *o)
     free(ep);
 }
 
-static void ep_free(struct object *o)
+static void ep_end(struct object *o)
 {
     dtls_endpoint *ep = (dtls_endpoint *)o;
     ep->closed = true;
@@ -3034,7 +3026,7 @@ void dtls_endpoint_free(dtls_endpoint *ep)
         return;
     dtls_loop *l = ep->loop;
     loop_enter(l);
-    ep_free(&ep->object);
+    ep_end(&ep->object);
     loop_leave(l);
 }
 
@@ -3206,8 +3198,7 @@ static int ep_setup(dtls_endpoint *ep, dtls_error *err)
     ep->flight = malloc((size_t)ep->cfg.mtu_bytes);
     if (!ep->flight || !ep->bio_method || !ep->listen_addr || !ep->ctx)
         return fail(err, DTLS_ERR_MEMORY, "out of memory");
-    if (RAND_bytes(ep->hash_key, sizeof ep->hash_key) != 1 || RAND_bytes(ep->secret[0], COOKIE_SECRET) != 1 ||
-        RAND_bytes(ep->secret[1], COOKIE_SECRET) != 1)
+    if (RAND_bytes(ep->hash_key, sizeof ep->hash_key) != 1 || RAND_bytes(&ep->secret[0][0], sizeof ep->secret) != 1)
         return fail(err, DTLS_ERR_TLS, "OpenSSL has no random numbers");
     ep->secret_at = loop_now(ep->loop);
     return ctx_setup(ep->ctx, &ep->cfg, err);
@@ -3220,7 +3211,7 @@ dtls_endpoint *dtls_endpoint_new(dtls_loop *l, const dtls_config *config, dtls_e
         fail(err, DTLS_ERR_MEMORY, "out of memory");
         return NULL;
     }
-    *ep = (dtls_endpoint){.object.destroy = ep_destroy, .loop = l, .cfg = *config};
+    *ep = (dtls_endpoint){.object = {.end = ep_end, .destroy = ep_destroy}, .loop = l, .cfg = *config};
     list_init(&ep->sockets);
     errors_clear();
     int r = ep_setup(ep, err);
@@ -3452,12 +3443,11 @@ static dtls_endpoint *program_endpoint(dtls_loop *l, const struct options *o, dt
     if (ep)
         return ep;
     const char *advice = "";
-    bool own = o->cert || o->key || o->ca;
-    if (own)
-        advice = "";
-    else if (access(cfg->cert_file, F_OK) < 0 || access(cfg->key_file, F_OK) < 0 || access(cfg->ca_file, F_OK) < 0)
+    bool from_folder = !o->cert && !o->key && !o->ca;
+    if (from_folder &&
+        (access(cfg->cert_file, F_OK) < 0 || access(cfg->key_file, F_OK) < 0 || access(cfg->ca_file, F_OK) < 0))
         advice = "; 'make certs' makes a set, --certs names another folder";
-    else if (strstr(err.text, "expired"))
+    else if (from_folder && strstr(err.text, "expired"))
         advice = "; 'make delete-certs certs' makes new ones";
     fprintf(stderr, "dtls: %s%s\n", err.text, advice);
     return NULL;
@@ -4020,6 +4010,11 @@ struct client {
     bool line_ready, input_ended;
 };
 
+static bool is_text(const char *data, size_t len, const char *text)
+{
+    return len == strlen(text) && memcmp(data, text, len) == 0;
+}
+
 static void client_say(struct client *cl, const char *line)
 {
     if (cl->editor)
@@ -4091,7 +4086,7 @@ static bool client_send_line(struct client *cl)
             return false;
         cl->window++;
         cl->owed++;
-        if (cl->line_len == 4 && memcmp(cl->line, "ping", 4) == 0)
+        if (is_text(cl->line, cl->line_len, "ping"))
             cl->probes = 0; /* from now on a pong may be the user's */
     }
     client_line_sent(cl);
@@ -4314,7 +4309,7 @@ static void client_message(struct client *cl, const char *data, size_t len)
 {
     if (cl->finished)
         return;
-    if (cl->probes > 0 && len == 4 && memcmp(data, "pong", 4) == 0) {
+    if (cl->probes > 0 && is_text(data, len, "pong")) {
         cl->probes--;
         return;
     }
@@ -4360,13 +4355,14 @@ static void client_edited(void *user, const char *line, size_t len)
 {
     struct client *cl = user;
     char text[64];
+    snprintf(text, sizeof text, "%zu bytes, more than %d: not sent", len, DTLS_MESSAGE_MAX);
     int r = cl->conn ? dtls_conn_send(cl->conn, line, len) : DTLS_ERR_STATE;
-    if (len == 4 && memcmp(line, "ping", 4) == 0)
+    if (is_text(line, len, "ping"))
         cl->probes = 0;
     if (r == DTLS_ERR_STATE)
         client_say(cl, "not connected: not sent");
     else if (r == DTLS_ERR_SIZE)
-        snprintf(text, sizeof text, "%zu bytes, more than %d: not sent", len, DTLS_MESSAGE_MAX), client_say(cl, text);
+        client_say(cl, text);
     else if (r != 0)
         client_say(cl, dtls_strerror(r));
 }
