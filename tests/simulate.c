@@ -7,19 +7,12 @@
  * Checked all along: no message is delivered twice, changed, or to the wrong connection; each connection has one end;
  * at the end tables and timers are empty. Handshakes that fail though no cut and no side's end was in their way are
  * printed: under damage some cannot succeed. Leaks are the sanitizer's business. */
-#define OPENSSL_SUPPRESS_DEPRECATED /* RAND_set_rand_method and EC_KEY: what makes chance and keys repeatable everywhere */
-#include "../dtls.h"
+#include "virtual.h"
 
-#include <openssl/ec.h>
-#include <openssl/rand.h>
-#include <openssl/ssl.h>
-#include <openssl/x509v3.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/time.h>
-#include <time.h>
 
 enum {
     CLIENTS_MAX = 8,
@@ -80,51 +73,12 @@ struct world {
     unsigned serving;
 };
 
-static int64_t now_us; /* one world at a time, so the clock may be a global as the real one is */
-static uint64_t chance_state;
 static struct world *w;
 static long associations, resumptions, messages, datagrams, restarts, failures;
 static struct times {
     double value[TIMES_MAX];
     size_t len;
 } full, resumed; /* of undisturbed handshakes, seconds */
-
-/* ---- time and chance, also libssl's ---- */
-
-int gettimeofday(struct timeval *restrict tv, void *restrict zone)
-{
-    (void)zone;
-    int64_t t = 1700000000000000 + now_us;
-    tv->tv_sec = (time_t)(t / 1000000);
-    tv->tv_usec = (suseconds_t)(t % 1000000);
-    return 0;
-}
-
-static int64_t virtual_now(void *user)
-{
-    (void)user;
-    return now_us;
-}
-
-static uint64_t next_random(uint64_t *state)
-{
-    uint64_t z = *state += 0x9e3779b97f4a7c15; /* splitmix64 */
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
-    z = (z ^ z >> 27) * 0x94d049bb133111eb;
-    return z ^ z >> 31;
-}
-
-static int chance_bytes(unsigned char *buf, int n)
-{
-    for (int i = 0; i < n; i++)
-        buf[i] = (unsigned char)next_random(&chance_state);
-    return 1;
-}
-
-static int chance_status(void)
-{
-    return 1;
-}
 
 static uint32_t dice(uint32_t n)
 {
@@ -205,58 +159,6 @@ static int on_send(void *user, const void *data, size_t len, const dtls_addr *fr
         free(damaged);
     }
     return 0;
-}
-
-/* ---- certificates ---- */
-
-static struct identity {
-    EVP_PKEY *key;
-    X509 *cert;
-} ca, server_id, client_id;
-
-static void extend(X509 *cert, X509 *issuer, int nid, const char *value)
-{
-    X509V3_CTX ctx;
-    X509V3_set_ctx(&ctx, issuer, cert, NULL, NULL, 0);
-    X509_EXTENSION *e = X509V3_EXT_conf_nid(NULL, &ctx, nid, value);
-    X509_add_ext(cert, e, -1);
-    X509_EXTENSION_free(e);
-}
-
-static struct identity issue(long serial, const char *name, const char *usage)
-{
-    struct identity id = {EVP_PKEY_new(), X509_new()};
-    EC_KEY *ec = EC_KEY_new_by_curve_name(NID_X9_62_prime256v1);
-    EC_KEY_generate_key(ec);
-    EVP_PKEY_assign_EC_KEY(id.key, ec);
-    X509_set_version(id.cert, 2);
-    ASN1_INTEGER_set(X509_get_serialNumber(id.cert), serial);
-    ASN1_TIME_set_string(X509_getm_notBefore(id.cert), "20200101000000Z");
-    ASN1_TIME_set_string(X509_getm_notAfter(id.cert), "20991231235959Z");
-    X509_set_pubkey(id.cert, id.key);
-    X509_NAME_add_entry_by_txt(X509_get_subject_name(id.cert), "CN", MBSTRING_ASC, (const unsigned char *)name, -1, -1,
-                               0);
-    struct identity issuer = usage ? ca : id;
-    X509_set_issuer_name(id.cert, X509_get_subject_name(issuer.cert));
-    extend(id.cert, issuer.cert, NID_basic_constraints, usage ? "critical,CA:FALSE" : "critical,CA:TRUE");
-    if (usage)
-        extend(id.cert, issuer.cert, NID_ext_key_usage, usage);
-    extend(id.cert, issuer.cert, NID_subject_alt_name, "DNS:localhost");
-    X509_sign(id.cert, issuer.key, EVP_sha256());
-    return id;
-}
-
-static int on_ssl_ctx(void *user, SSL_CTX *ctx)
-{
-    const struct identity *id = user;
-    X509_STORE_add_cert(SSL_CTX_get_cert_store(ctx), ca.cert);
-    return SSL_CTX_use_certificate(ctx, id->cert) != 1 || SSL_CTX_use_PrivateKey(ctx, id->key) != 1;
-}
-
-static void identity_free(struct identity *id)
-{
-    X509_free(id->cert);
-    EVP_PKEY_free(id->key);
 }
 
 /* ---- messages ---- */
@@ -546,16 +448,13 @@ static void print_times(struct times *t, const char *kind)
 
 int main(int argc, char **argv)
 {
-    static const RAND_METHOD chance = {NULL, chance_bytes, NULL, NULL, chance_bytes, chance_status};
     if (argc < 2)
         return 2;
     long worlds = atol(argv[1]);
     uint64_t first = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
     int loss = argc > 3 ? atoi(argv[3]) : -1;
-    RAND_set_rand_method(&chance);
-    ca = issue(1, "simulated CA", NULL);
-    server_id = issue(2, "server", "serverAuth");
-    client_id = issue(3, "client", "clientAuth");
+    virtual_chance();
+    virtual_identities();
     clock_t began = clock();
     for (long i = 0; i < worlds; i++)
         world_run(first + (uint64_t)i, loss);
@@ -566,9 +465,7 @@ int main(int argc, char **argv)
     print_times(&full, "full");
     print_times(&resumed, "resumed");
     printf("# simulate: %ld handshakes failed\n", failures);
-    identity_free(&client_id);
-    identity_free(&server_id);
-    identity_free(&ca);
+    virtual_identities_free();
     printf("ok - simulate %ld worlds\n", worlds);
     return 0;
 }
