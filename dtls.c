@@ -1480,7 +1480,7 @@ enum {
     STALL_HELLO_MS = 2000, /* the same while the server has only its cookie to lose */
     FAULTS_MAX = 5,        /* failures after which a client begins anew */
     FAULTS_REFUSED = 2,    /* the same for the peer's alerts */
-    FAULTS_VERIFY = 1,     /* the same for a certificate that we refuse */
+    FAULTS_VERIFY = 1,     /* the same for certificates that we refuse */
     NO_ALERT = -1,
     HELLO_WAIT_MS = 1000, /* at most between ClientHellos until one is answered */
     QUIET_MS = 1000,      /* no traffic for so long: libssl's record buffers, 33 KB, go back */
@@ -1518,7 +1518,7 @@ struct dtls_conn {
     size_t in_len;
     bool in_renumber, in_peek;
     uint64_t in_sequence; /* next number for a renumbered record */
-    unsigned early, restarts, faults, fallbacks, resent;
+    unsigned early, restarts, faults, refused, fallbacks, resent; /* refused: so many certificates, by us */
     int mtu;     /* the link's, as far as known */
     bool output; /* libssl wrote a datagram since this was cleared */
 
@@ -1665,13 +1665,16 @@ static bool guard_is_hello(const struct record *r)
            (r->body[0] == SERVER_HELLO || r->body[0] == HELLO_VERIFY_REQUEST);
 }
 
-/* After a new start, what the server sent in the last handshake still arrives; a message of it that libssl keeps for
- * later would spoil this one. Nobody can tell them apart, but only the right ones come in this order. */
+/* After a new start, or where another one had our address, what the server sent in an earlier handshake still arrives; a
+ * message of it that libssl keeps for later would spoil this one. Nobody can tell them apart, but only the right ones
+ * come in this order. */
 static bool guard_leftover(const dtls_conn *c, const struct record *r)
 {
     if (c->server || SSL_get_state(c->ssl) != TLS_ST_CW_CLNT_HELLO)
         return false;
-    return guard_is_hello(r) ? !c->answered && load16(r->body + 4) != 0 : c->restarts > 0;
+    if (guard_is_hello(r))
+        return !c->answered && load16(r->body + 4) != 0;
+    return !c->answered || c->restarts > 0;
 }
 
 /* What may pass in a handshake. The attacks that each line stops are tried in the tests. */
@@ -2155,10 +2158,13 @@ static void conn_restart(dtls_conn *c)
 }
 
 /* Whether a failure may come from a damaged message; a certificate that was damaged looks like a wrong one. */
-static bool conn_may_restart(const dtls_conn *c, int reason)
+static bool conn_may_restart(dtls_conn *c, int reason)
 {
-    unsigned max = reason == SSL_R_CERTIFICATE_VERIFY_FAILED ? FAULTS_VERIFY : FAULTS_MAX;
-    return !c->server && c->state == CONN_HANDSHAKE && c->faults < max;
+    if (c->server || c->state != CONN_HANDSHAKE)
+        return false;
+    if (reason == SSL_R_CERTIFICATE_VERIFY_FAILED)
+        return c->refused++ < FAULTS_VERIFY;
+    return c->faults++ < FAULTS_MAX;
 }
 
 /* libssl gave up: once more, or find the words. */
@@ -2168,7 +2174,6 @@ static void conn_fail(dtls_conn *c)
     int reason = ERR_GET_REASON(e);
     const char *text = ERR_reason_error_string(e);
     if (conn_may_restart(c, reason)) { /* not at once: what else of this handshake is under way comes first */
-        c->faults++;
         c->restart_at = loop_now(c->loop) + us(c->ep->cfg.retransmit_ms);
         conn_arm(c);
         return;
@@ -2255,7 +2260,9 @@ static void conn_read(dtls_conn *c, bool only)
     while (c->state == CONN_OPEN) {
         errors_clear();
         size_t n = 0;
+        flight_begin(c); /* it answers a repeated Finished with our last flight */
         int r = SSL_read_ex(c->ssl, message, sizeof message, &n);
+        flight_end(c);
         if (r == 1) {
             c->last_in = c->loop->now;
             c->messages_in += n > 0;

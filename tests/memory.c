@@ -224,6 +224,68 @@ static void test_loss(void)
     stop();
 }
 
+static int last_flight; /* datagrams of it that are lost on their way to the client */
+
+static int drop_last_flight(const struct datagram *d)
+{
+    return server.connected && d->to.port != server_addr.port && ++last_flight;
+}
+
+/* On a lossy link a flight in two datagrams is one in which one is missing. */
+static void test_last_flight(void)
+{
+    start((dtls_config){0}, (dtls_config){.retransmit_ms = 20});
+    wire_drop = drop_last_flight;
+    connect_client(NULL);
+    wait_for(&last_flight, 2);
+    int datagrams = last_flight;
+    wait_for(&last_flight, 3);
+    check(datagrams == 2 && last_flight == 3, "the last flight is sent again in one datagram");
+    wire_drop = NULL;
+    check(wait_for(&client.connected, 1), "and ends the handshake when it arrives");
+    stop();
+}
+
+static struct datagram flight[4]; /* of an earlier handshake, without its ServerHello */
+static int flight_len, began_anew;
+
+static int keep_flight(const struct datagram *d)
+{
+    if (d->to.port != server_addr.port && d->data[0] == 22 && d->data[13] > 10 && d->data[13] < 15 && flight_len < 4)
+        flight[flight_len++] = *d;
+    return 0;
+}
+
+static int leftovers_first(const struct datagram *d)
+{
+    for (; d->to.port == server_addr.port && flight_len > 0; flight_len--)
+        dtls_endpoint_input(client.ep, flight[flight_len - 1].data, flight[flight_len - 1].len, &server_addr,
+                            &client_addr);
+    return 0;
+}
+
+static void look_for_anew(void *user, dtls_log level, const char *line)
+{
+    (void)user, (void)level;
+    began_anew += strstr(line, "anew") != NULL;
+}
+
+static void test_leftovers(void)
+{
+    start((dtls_config){.mtu_bytes = 256}, (dtls_config){.on_log = look_for_anew});
+    wire_drop = keep_flight;
+    dtls_conn *c = connect_client(NULL);
+    wait_for(&client.connected, 1);
+    dtls_conn_close(c);
+    wait_for(&server.closed, 1);
+    int kept = flight_len;
+    wire_drop = leftovers_first;
+    connect_client(NULL);
+    check(kept > 0 && wait_for(&client.connected, 2) && !began_anew && client.closed == 1,
+          "an earlier handshake's flight that arrives late spoils nothing");
+    stop();
+}
+
 static void test_resumption(void)
 {
     dtls_info info;
@@ -267,9 +329,13 @@ static void test_names(void)
     static const struct {
         const char *name;
         int good;
-    } names[] = {{"localhost", 1},  {"localhost.", 1},  {"LOCALHOST", 1}, {"127.0.0.1", 1},    {"::1", 1},
-                 {"127.0.0.1 x", 0}, {".localhost", 0}, {"", 0},          {".", 0},            {"*", 0},
-                 {"host", 0},        {"127.0.0.2", 0},  {"::2", 0},       {"xn--localhost", 0}};
+    } names[] = {{"localhost", 1},  {"localhost.", 1},
+                 {"LOCALHOST", 1},  {"127.0.0.1", 1},
+                 {"::1", 1},        {"127.0.0.1 x", 0},
+                 {".localhost", 0}, {"", 0},
+                 {".", 0},          {"*", 0},
+                 {"host", 0},       {"127.0.0.2", 0},
+                 {"::2", 0},        {"xn--localhost", 0}};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         char text[96];
         dtls_error err;
@@ -576,6 +642,8 @@ int main(int argc, char **argv)
     dtls_addr_parse(&client_addr, "192.0.2.2:5555", NULL);
     test_messages();
     test_loss();
+    test_last_flight();
+    test_leftovers();
     test_resumption();
     test_resumption_elsewhere();
     test_names();
