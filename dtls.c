@@ -475,6 +475,9 @@ static int fail(dtls_error *err, int code, const char *format, ...)
         va_start(args, format);
         vsnprintf(err->text, sizeof err->text, format, args);
         va_end(args);
+        for (char *p = err->text; *p; p++) /* what it quotes may hold anything: one line stays one line */
+            if ((unsigned char)*p < 0x20 || *p == 0x7f)
+                *p = '?';
         err->code = code;
     }
     return code;
@@ -569,15 +572,14 @@ static socklen_t addr_to_sockaddr(const dtls_addr *a, struct sockaddr_storage *s
     return sizeof in6;
 }
 
-static int addr_parse_port(const char *text, uint16_t *port)
+static int addr_parse_number(const char *text, uint32_t max, uint32_t *value)
 {
-    unsigned long value = 0;
     size_t digits = strlen(text);
-    if (digits == 0 || digits > 5 || strspn(text, "0123456789") != digits)
+    if (digits == 0 || digits > 10 || strspn(text, "0123456789") != digits || (text[0] == '0' && digits > 1))
         return -1;
-    value = strtoul(text, NULL, 10);
-    *port = (uint16_t)value;
-    return value > 65535 ? -1 : 0;
+    unsigned long long n = strtoull(text, NULL, 10);
+    *value = (uint32_t)n;
+    return n > max ? -1 : 0;
 }
 
 int dtls_addr_parse(dtls_addr *a, const char *text, dtls_error *err)
@@ -586,6 +588,7 @@ int dtls_addr_parse(dtls_addr *a, const char *text, dtls_error *err)
     bool bracketed = text[0] == '[';
     const char *end = bracketed ? strchr(text, ']') : strrchr(text, ':');
     const char *port = end && bracketed ? end + 1 : end;
+    uint32_t number, scope = 0;
     memset(a, 0, sizeof *a);
 
     if (!bracketed && end && strchr(text, ':') != end)
@@ -593,8 +596,9 @@ int dtls_addr_parse(dtls_addr *a, const char *text, dtls_error *err)
     if (!port || *port != ':')
         return fail(err, DTLS_ERR_ADDR, "%.100s: no port; write ADDRESS:PORT, as in 127.0.0.1:1234 or [::1]:1234",
                     text);
-    if (addr_parse_port(port + 1, &a->port) < 0)
+    if (addr_parse_number(port + 1, UINT16_MAX, &number) < 0)
         return fail(err, DTLS_ERR_ADDR, "%.100s: the port must be a number up to 65535", text);
+    a->port = (uint16_t)number;
 
     const char *start = text + bracketed;
     size_t len = (size_t)(end - start);
@@ -609,15 +613,11 @@ int dtls_addr_parse(dtls_addr *a, const char *text, dtls_error *err)
         return fail(err, DTLS_ERR_ADDR, "%.100s: not an IPv4 address, and names are not looked up here", text);
     }
     struct in6_addr ip;
-    uint32_t scope = 0;
     char *zone = strchr(host, '%');
     if (zone) {
         *zone++ = 0;
         scope = if_nametoindex(zone);
-        uint16_t index = 0;
-        if (!scope && addr_parse_port(zone, &index) == 0)
-            scope = index; /* "%2": an interface by its index */
-        if (!scope)
+        if (!scope && (addr_parse_number(zone, UINT32_MAX, &scope) < 0 || !scope)) /* "%2": by its index */
             return fail(err, DTLS_ERR_ADDR, "%.100s: no interface named %s", text, zone);
     }
     if (inet_pton(AF_INET6, host, &ip) != 1)
@@ -4383,12 +4383,12 @@ static int client_resolve(struct client *cl, const char *text, dtls_error *err)
     }
     const char *colon = strrchr(text, ':');
     size_t n = colon ? (size_t)(colon - text) : 0;
-    uint16_t port = 0;
+    uint32_t port = 0;
     bool name = n > 0 && n < sizeof cl->host && strchr(text, ':') == colon && text[0] != '[' &&
                 strspn(text, "0123456789.") != n;
     if (!name)
         return EXIT_USAGE;
-    if (addr_parse_port(colon + 1, &port) < 0 || port == 0) {
+    if (addr_parse_number(colon + 1, UINT16_MAX, &port) < 0 || port == 0) {
         fail(err, DTLS_ERR_ADDR, "%s: the port must be a number from 1 to 65535", text);
         return EXIT_USAGE;
     }

@@ -57,6 +57,10 @@ static void test_addresses(void)
     CHECK(parses("[fe80::1%lo]:1234", "[fe80::1%lo]:1234"));
     CHECK(parses("[fe80::1%1]:1234", "[fe80::1%lo]:1234"));
     CHECK(parses("[2001:db8::1%lo]:1234", "[2001:db8::1]:1234")); /* only link-local addresses have a scope */
+    CHECK(
+        parses("[fe80::1%4294967295]:1", "[fe80::1%4294967295]:1")); /* no such interface, and still the same address */
+    CHECK(refused("[fe80::1%4294967296]:1", "no interface"));
+    CHECK(refused("two\nlines", "two?lines"));
     CHECK(refused("127.0.0.1", "no port"));
     CHECK(refused("[::1]", "no port"));
     CHECK(refused("[::1]1234", "no port"));
