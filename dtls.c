@@ -1541,6 +1541,8 @@ struct dtls_conn {
     uint64_t messages_in, messages_out, bytes_in, bytes_out;
 
     dtls_reason reason;
+    dtls_reason fault; /* why a client's last try failed, and in words */
+    char fault_text[REASON_BYTES];
     char hint[REASON_BYTES], text[REASON_BYTES], peer_name[NAME_MAX_BYTES + 1];
     void *user;
 };
@@ -2167,28 +2169,50 @@ static bool conn_may_restart(dtls_conn *c, int reason)
     return c->faults++ < FAULTS_MAX;
 }
 
-/* libssl gave up: once more, or find the words. */
+/* A client tries once more, and remembers why: if nobody answers then, that is what there is to tell. */
+static void conn_note_fault(dtls_conn *c, dtls_reason reason, const char *format, const char *what)
+{
+    c->fault = reason;
+    snprintf(c->fault_text, sizeof c->fault_text, format, what);
+}
+
+/* Nobody answers. */
+static void conn_give_up(dtls_conn *c, dtls_reason reason, const char *text)
+{
+    if (c->fault && !c->answered)
+        conn_end(c, c->fault, "%s", c->fault_text);
+    else
+        conn_end(c, reason, "%s", text);
+}
+
+/* libssl gave up: find the words, then once more or not. */
 static void conn_fail(dtls_conn *c)
 {
     unsigned long e = ERR_peek_last_error();
     int reason = ERR_GET_REASON(e);
-    const char *text = ERR_reason_error_string(e);
-    if (conn_may_restart(c, reason)) { /* not at once: what else of this handshake is under way comes first */
-        c->restart_at = loop_now(c->loop) + us(c->ep->cfg.retransmit_ms);
-        conn_arm(c);
+    const char *text = ERR_reason_error_string(e), *format = "protocol error: %s";
+    dtls_reason why = DTLS_CLOSE_ERROR;
+    if (ERR_GET_LIB(e) != ERR_LIB_SSL || !text) {
+        format = "OpenSSL: %s";
+        text = text ? text : "no reason given";
+    } else if (reason == SSL_R_CERTIFICATE_VERIFY_FAILED) {
+        why = DTLS_CLOSE_VERIFY;
+        format = "certificate refused: %s";
+        text = X509_verify_cert_error_string(SSL_get_verify_result(c->ssl));
+    } else if (reason == SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE) {
+        why = DTLS_CLOSE_VERIFY;
+        format = "certificate refused: %s";
+        text = "peer sent no certificate";
+    } else if (reason > SSL_AD_REASON_OFFSET && reason <= SSL_AD_REASON_OFFSET + UINT8_MAX) {
+        format = "the peer sent %s";
+    }
+    if (!conn_may_restart(c, reason)) {
+        conn_end(c, why, format, text);
         return;
     }
-    if (ERR_GET_LIB(e) != ERR_LIB_SSL || !text)
-        conn_end(c, DTLS_CLOSE_ERROR, "OpenSSL: %s", text ? text : "no reason given");
-    else if (reason == SSL_R_CERTIFICATE_VERIFY_FAILED)
-        conn_end(c, DTLS_CLOSE_VERIFY, "certificate refused: %s",
-                 X509_verify_cert_error_string(SSL_get_verify_result(c->ssl)));
-    else if (reason == SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE)
-        conn_end(c, DTLS_CLOSE_VERIFY, "certificate refused: %s", "peer sent no certificate");
-    else if (reason > SSL_AD_REASON_OFFSET && reason <= SSL_AD_REASON_OFFSET + UINT8_MAX)
-        conn_end(c, DTLS_CLOSE_ERROR, "the peer sent %s", text);
-    else
-        conn_end(c, DTLS_CLOSE_ERROR, "protocol error: %s", text);
+    conn_note_fault(c, why, format, text); /* not at once: what else of this handshake is under way comes first */
+    c->restart_at = loop_now(c->loop) + us(c->ep->cfg.retransmit_ms);
+    conn_arm(c);
 }
 
 static void conn_read_name(dtls_conn *c, X509 *cert)
@@ -2376,16 +2400,16 @@ static void udp_error(struct udp *u, int error)
 {
     dtls_conn *c = u->conn;
     u->ep->counters.receive_errors++;
-    if (!c || c->state != CONN_HANDSHAKE || c->heard)
+    if (!c || c->state != CONN_HANDSHAKE || c->answered)
         return;
     guard_hint(c, NO_ALERT, "%s", strerror(error));
 }
 
 static void conn_timed_out(dtls_conn *c, int64_t now)
 {
-    char seconds[32];
-    snprintf(seconds, sizeof seconds, "%.1f s", (double)(now - c->started) / 1e6);
-    conn_end(c, DTLS_CLOSE_TIMEOUT, "timed out after %s", seconds);
+    char text[48];
+    snprintf(text, sizeof text, "timed out after %.1f s", (double)(now - c->started) / 1e6);
+    conn_give_up(c, DTLS_CLOSE_TIMEOUT, text);
 }
 
 static void conn_handshake_timer(dtls_conn *c, int64_t now)
@@ -2396,10 +2420,12 @@ static void conn_handshake_timer(dtls_conn *c, int64_t now)
         if (now >= c->restart_at)
             conn_restart(c);
     } else if (now >= conn_hint_ripe_at(c)) {
-        if (conn_may_retry_refusal(c) && c->faults++ < FAULTS_REFUSED)
+        if (conn_may_retry_refusal(c) && c->faults++ < FAULTS_REFUSED) {
+            conn_note_fault(c, DTLS_CLOSE_REFUSED, "%s", c->hint);
             conn_restart(c); /* an alert may be about a damaged or forged message */
-        else
-            conn_end(c, DTLS_CLOSE_REFUSED, "%s", c->hint);
+        } else {
+            conn_give_up(c, DTLS_CLOSE_REFUSED, c->hint);
+        }
     } else if (now >= conn_stalled_at(c)) {
         conn_restart(c);
     } else {

@@ -4,7 +4,7 @@ owns them. A test program imports what it needs, registers tests with @test and 
     python3 tests/PROGRAM.py [-l] [-t] [NAME-FILTER...]     -l: list the tests, -t: add each test's time to its line
 
 Environment: DTLS_BIN, the program (default ./dtls); CERTS_DIR, a folder with ca.pem, ca.key, server.pem, server.key,
-client.pem and client.key (default: a fresh one, made by certs/certs.sh).
+client.pem and client.key (default: a fresh one, made by certs/certs.sh); TEST_NAME, PROGRAM in the lines below.
 
 Prints one line for each test, `ok - PROGRAM NAME`, `not ok - PROGRAM NAME: REASON` or `skip - PROGRAM NAME: REASON`; below
 a failed one, indented, what each process said last. The exit status is 1 if any failed.
@@ -41,7 +41,7 @@ from screen import Screen  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BIN = os.path.abspath(os.environ.get("DTLS_BIN") or ROOT / "dtls")
-PROGRAM = pathlib.Path(sys.argv[0]).stem
+PROGRAM = os.environ.get("TEST_NAME") or pathlib.Path(sys.argv[0]).stem
 CERTS = os.path.abspath(os.environ.get("CERTS_DIR") or tempfile.mkdtemp(prefix=f"dtls-{PROGRAM}-certs-"))
 OPENSSL = shutil.which("openssl")
 
@@ -804,12 +804,12 @@ class Case:
                        *(identity.openssl_options if identity else ()), *options, stdin=stdin)
 
     def s_server(self, *options, identity):
-        """Waits for one client after the other. There is no sign of it being ready but the port in use."""
+        """Waits for one client after the other."""
         port = free_port()
         server = Foreign(self, "s_server", "-listen", "-accept", f"127.0.0.1:{port}", "-CAfile", f"{CERTS}/ca.pem",
                          "-Verify", "1", "-verify_return_error", *identity.openssl_options, *options)
         server.addr = f"127.0.0.1:{port}"
-        wait_until(lambda: not can_bind("127.0.0.1", port), "s_server on its port")
+        server.out.wait("^ACCEPT$")
         return server
 
     def finish(self):

@@ -1,0 +1,636 @@
+#!/usr/bin/env python3
+"""Foreign peers: other DTLS libraries, each as client and as server, against the program. harness.py says how it runs.
+
+OpenSSL's s_client and s_server (what e2e.py has of them is not repeated here), GnuTLS's gnutls-cli and gnutls-serv,
+socat, and small programs for wolfSSL and Mbed TLS, which are compiled from tests/peers/ when their headers are there. A
+peer that is not installed is skipped. Debian has them in gnutls-bin, socat, libwolfssl-dev and libmbedtls-dev.
+"""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+
+sys.dont_write_bytecode = True  # no __pycache__ in the tree
+
+from harness import (Authority, BIN, CERTS, FOLDERS, Identity, MESSAGE_MAX, OPENSSL, PROMPT, Proc, ROOT, Skip, Term,
+                     check, equal, free_port, main, split_addr, test)  # noqa: E402
+
+LOSS = 0.1
+LOSS_SEEDS = 3, 4, 5
+LOSS_WAIT = 60.0  # seconds for a handshake under loss: some peers double their waits up to a minute
+REFUSAL_WAIT = 15.0  # a refusal is believed after some seconds of silence, since anybody can send an alert
+UNKNOWN_ISSUER = "certificate refused: .*(issuer|self.signed|verify the first certificate)"
+CLIENT_HELLO, CERTIFICATE = 1, 11
+RECORD_HEADER = 13
+SMALL_MTU = 128  # bytes in a datagram: less than a ClientHello
+
+# ---- the peers -------------------------------------------------------------------------------------------------------
+
+
+class Foreign(Proc):
+    """A foreign program; out has all that it says."""
+
+    ours = False
+
+    def __init__(self, case, title, argv):
+        super().__init__(case, case.title(title), ["sh", "-c", 'exec "$@" 2>&1', "sh", *argv])
+
+    def says(self, pattern, nth=1, timeout=REFUSAL_WAIT):
+        return self.out.wait(pattern, nth, timeout, partial=True)
+
+    def shows(self, text, nth=1):
+        """The same for a text, which may be long."""
+        self.out.until(lambda: self.out.text.count(text) >= nth, f"text of {len(text)} bytes")
+
+    def ask(self, line, answer):
+        """Sends a line and waits for one more of this answer."""
+        before = self.out.text.count(answer)
+        self.send(line)
+        self.shows(answer, before + 1)
+
+
+class Peer:
+    """How one foreign implementation is run and what it says. Below, `certs` is a folder like CERTS."""
+
+    name = None
+    connected = None  # what its client says once it is connected and has verified us
+    closed = None  # and when we closed
+    ready = None  # what its server says once it can be connected to
+    noticed = None  # and when we closed
+    refused = None  # what both say when we refused their certificate
+    refuses = None  # and when they refuse ours
+    resume = ()  # arguments that have its client connect twice, with one session
+    small = ()  # and that have it send a handshake in datagrams of SMALL_MTU bytes
+    link_mtu = 1500  # the largest MTU that we may assume
+    sends = MESSAGE_MAX  # bytes of the largest message that its client sends, the end of the line included
+    suffix = ""  # what its client sends behind a line
+
+    def need(self):
+        """Skips the test where the peer is not installed."""
+
+    def client_argv(self, host, port, certs):
+        raise NotImplementedError
+
+    def server_argv(self, port, certs):
+        raise NotImplementedError
+
+    def client(self, t, where, *more, certs=CERTS):
+        host, port = split_addr(getattr(where, "addr", where))
+        return Foreign(t, f"{self.name} client", [*self.client_argv(host, port, certs), *more])
+
+    def server(self, t, *more, certs=CERTS):
+        port = free_port()
+        server = Foreign(t, f"{self.name} server", [*self.server_argv(port, certs), *more])
+        server.addr = f"127.0.0.1:{port}"
+        server.says(self.ready)
+        return server
+
+    def echo(self, text):
+        """The lines that come back from its server."""
+        return [text]
+
+
+class Installed(Peer):
+    """One that is a command."""
+
+    commands = ()
+
+    def need(self):
+        for command in self.commands:
+            if not shutil.which(command):
+                raise Skip(f"no {command}")
+
+
+class OpenSSL(Installed):
+    """s_client sends 8,192 bytes at most (BUFSIZZ in apps/s_client.c); s_server does not echo, it shows what comes."""
+
+    name = "openssl"
+    commands = "openssl",
+    connected = r"Verify return code: 0 \(ok\)"
+    closed = "closed$"
+    ready = "ACCEPT"
+    noticed = "DONE"
+    refused = "alert unknown ca"
+    refuses = "certificate verify failed"
+    sends = 8192
+    suffix = "\n"
+
+    @staticmethod
+    def argv(mode, certs, who):
+        return [OPENSSL, mode, "-dtls1_2", "-CAfile", f"{certs}/ca.pem", "-verify_return_error",
+                "-cert", f"{certs}/{who}.pem", "-key", f"{certs}/{who}.key", "-cert_chain", f"{certs}/{who}.pem"]
+
+    def client_argv(self, host, port, certs):
+        return [*self.argv("s_client", certs, "client"), "-connect", f"{host}:{port}", "-verify_ip", "127.0.0.1"]
+
+    def server_argv(self, port, certs):
+        return [*self.argv("s_server", certs, "server"), "-accept", f"127.0.0.1:{port}", "-listen", "-Verify", "2"]
+
+
+class GnuTLS(Installed):
+    """gnutls-cli reads 4,096 bytes at a time (MAX_BUF in src/cli.c) and sends them if told a large MTU; gnutls-serv
+    echoes in pieces of 254 (src/udp-serv.c), never closes, and speaks into a buffer."""
+
+    name = "gnutls"
+    commands = "gnutls-cli", "gnutls-serv", "stdbuf"
+    connected = "Handshake was completed"
+    closed = "Peer has closed the GnuTLS connection"
+    ready = "Waiting for connection"
+    noticed = "EOF"
+    refused = "A TLS fatal alert has been received"
+    refuses = "The certificate issuer is unknown"
+    sends = 4096
+    suffix = "\n"
+    resume = "--resume",
+    small = "--mtu", str(SMALL_MTU)
+    large_mtu = 17000
+    piece = 254
+
+    def argv(self, command, certs, who, port):
+        return [command, "--udp", "--mtu", str(self.large_mtu), "--x509cafile", f"{certs}/ca.pem", "--port", str(port),
+                "--x509certfile", f"{certs}/{who}.pem", "--x509keyfile", f"{certs}/{who}.key"]
+
+    def client_argv(self, host, port, certs):
+        return [*self.argv("gnutls-cli", certs, "client", port), host]
+
+    def server_argv(self, port, certs):
+        return ["stdbuf", "-oL", *self.argv("gnutls-serv", certs, "server", port), "--echo", "--require-client-cert",
+                "--verify-client-cert"]
+
+    def echo(self, text):
+        return [text[at:at + self.piece] for at in range(0, len(text), self.piece)]
+
+
+class Socat(Installed):
+    """Has no resumption, and its server takes one client in its life."""
+
+    name = "socat"
+    commands = "socat",
+    connected = "SSL connection using"
+    closed = "socket 2 .* is at EOF"
+    ready = "listening on"
+    noticed = "socket 1 .* is at EOF"
+    refused = "alert unknown ca"
+    refuses = "certificate verify failed"
+    suffix = "\n"
+    behind = "PIPE"  # what its server passes messages to: an echo
+
+    @staticmethod
+    def argv(certs, who, *ends):
+        files = f"cafile={certs}/ca.pem,cert={certs}/{who}.pem,key={certs}/{who}.key,verify=1"
+        return ["socat", "-d", "-d", "-b", str(2 * MESSAGE_MAX), *(end.replace("FILES", files) for end in ends)]
+
+    def client_argv(self, host, port, certs):
+        return self.argv(certs, "client", "-", f"OPENSSL-DTLS-CLIENT:{host}:{port},FILES")
+
+    def server_argv(self, port, certs):
+        return self.argv(certs, "server", f"OPENSSL-DTLS-SERVER:{port},bind=127.0.0.1,FILES", self.behind)
+
+
+class ClosingSocat(Socat):
+    behind = "EXEC:head -c 3"  # an echo of three bytes
+
+
+class Compiled(Peer):
+    """A program of tests/peers/, in both roles."""
+
+    resume = "resume",
+    ready = "listening"
+    closed = noticed = "closed by the peer"
+    header = None
+    libraries = ()
+    lock = threading.Lock()
+    folder = None  # for the programs of all
+    program = None
+
+    def need(self):
+        with self.lock:
+            if not self.program:
+                self.compile()
+
+    def compile(self):
+        compiler = os.environ.get("CC") or "cc"
+        looked = subprocess.run([compiler, "-E", "-x", "c", "-"], input=f"#include <{self.header}>\n".encode(),
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if looked.returncode:
+            raise Skip(f"no {self.header}")
+        if not Compiled.folder:
+            Compiled.folder = tempfile.mkdtemp(prefix="dtls-peers-bin-")
+            FOLDERS.add(Compiled.folder)
+        program = os.path.join(Compiled.folder, self.name)
+        done = subprocess.run([compiler, "-O1", "-o", program, f"{ROOT}/tests/peers/{self.name}.c", *self.libraries],
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        check(done.returncode == 0, f"{self.name}.c does not compile: {done.stdout.decode()[-300:]}")
+        self.program = program
+
+    def client_argv(self, host, port, certs):
+        return [self.program, "client", host, str(port), certs]
+
+    def server_argv(self, port, certs):
+        return [self.program, "server", "127.0.0.1", str(port), certs]
+
+
+class WolfSSL(Compiled):
+    """Sends no message that would need IP fragments (wolfSSL_GetMaxOutputSize), but takes any. In a handshake it reads
+    1,400 bytes of a datagram (WOLFSSL_MAX_MTU in its internal.h) and, having lost what was behind them, puts no
+    overlapping fragments together: with a chain that fills larger datagrams we need to be told."""
+
+    name = "wolfssl"
+    header = "wolfssl/ssl.h"
+    libraries = "-lwolfssl",
+    connected = "connected: server, "
+    refused = "failed: handshake: received alert"
+    refuses = "failed: handshake: certificate verify failed"
+    sends = 1300
+    link_mtu = 1400
+    chacha = "suite=ECDHE-ECDSA-CHACHA20-POLY1305"
+
+    def echo(self, text):
+        return [text if len(text) <= self.sends else f"{len(text)} bytes"]
+
+
+class MbedTLS(Compiled):
+    """Never fragments a ClientHello (mbedtls_ssl_get_current_mtu in its ssl_msg.c)."""
+
+    name = "mbedtls"
+    small = f"mtu={SMALL_MTU}",
+    header = "mbedtls/ssl.h"
+    libraries = "-lmbedtls", "-lmbedx509", "-lmbedcrypto"
+    connected = "connected: CN=server, "
+    refused = "failed: handshake: .*fatal alert"
+    refuses = "failed: handshake: .*Certificate verification failed"
+    chacha = "suite=TLS-ECDHE-ECDSA-WITH-CHACHA20-POLY1305-SHA256"
+
+
+S_CLIENT = S_SERVER = OpenSSL()
+GNUTLS, SOCAT, WOLFSSL, MBEDTLS = GnuTLS(), Socat(), WolfSSL(), MbedTLS()
+EVERY = S_CLIENT, GNUTLS, SOCAT, WOLFSSL, MBEDTLS
+
+
+def with_each(*peers, slow=False):
+    """Registers a test once for each of these peers."""
+    def register(function):
+        for peer in peers:
+            def one(t, peer=peer):
+                peer.need()
+                function(t, peer)
+            one.__name__ = f"{peer.name}_{function.__name__}"
+            test(one, slow=slow)
+        return function
+    return register
+
+
+# ---- what the tests share --------------------------------------------------------------------------------------------
+
+
+def text_of(size):
+    """That many letters, none of which a tool takes for a command at the start of a line."""
+    return ("abcdefghij" * (size // 10 + 1))[:size]
+
+
+def stranger_folder(t, who):
+    """A folder like CERTS for this side: our CA to trust, but a certificate of another to show."""
+    folder = t.path("stranger")
+    os.mkdir(folder)
+    shown = t.other_authority().issue(who, usage=f"{who}Auth")
+    shutil.copy(f"{CERTS}/ca.pem", folder)
+    shutil.copy(shown.pem, f"{folder}/{who}.pem")
+    shutil.copy(shown.key, f"{folder}/{who}.key")
+    return folder
+
+
+def our_client(t, server, *options, **more):
+    """Foreign servers do not answer the pings of ours."""
+    return t.client(server, "--keepalive", "0", *options, **more)
+
+
+def lossy_relay(t, server, seed):
+    """For a handshake: loss ends with it, since messages do not survive any."""
+    relay = t.relay(server.addr, seed=seed)
+    relay.loss = LOSS
+    return relay
+
+
+def our_terminal(t, server, *options):
+    """On a terminal the client comes back by itself."""
+    term = Term(t, [BIN, "client", "--certs", CERTS, "--keepalive", "0", *options, server.addr])
+    term.shows_like("connected: server, .*, full handshake$")
+    term.prompts()
+    return term
+
+
+# ---- tests: their client, our server ---------------------------------------------------------------------------------
+
+
+@with_each(*EVERY)
+def as_client(t, peer):
+    """Both verify each other, messages of all sizes go both ways, and we notice at once that it closes."""
+    server = t.server()
+    client = peer.client(t, server)
+    client.says(peer.connected)
+    seen = server.connected()
+    equal((seen["name"], seen["kind"]), ("client", "full handshake"), "certificate name and handshake in our log")
+    client.ask("ping", "pong")
+    client.ask("whoami", seen["addr"])
+    client.ask("echo ~", "~")
+    for size in (1200, peer.sends):
+        text = text_of(size - len("echo ") - len(peer.suffix))
+        client.ask("echo " + text, text)
+    text = text_of(MESSAGE_MAX - len("bc ")).upper()
+    t.client(server).send("bc " + text)
+    client.shows(text)
+    client.close_stdin()
+    server.err.wait_line(f"{seen['addr']} closed: closed by the peer", timeout=PROMPT)
+
+
+@with_each(*EVERY)
+def client_notices_that_we_close(t, peer):
+    server = t.server()
+    client = peer.client(t, server)
+    client.ask("ping", "pong")
+    server.stop()
+    client.says(peer.closed, timeout=PROMPT)
+    client.reap(PROMPT)
+
+
+# s_client's resumption is in e2e.py. socat has none.
+@with_each(GNUTLS, WOLFSSL, MBEDTLS)
+def client_resumes(t, peer):
+    server = t.server()
+    client = peer.client(t, server, *peer.resume)
+    client.says(peer.connected, nth=2)
+    seen = server.connected(nth=2)
+    equal((seen["name"], seen["kind"]), ("client", "resumed session"), "certificate name and handshake in our log")
+    client.ask("ping", "pong")
+
+
+# The same with s_client is in e2e.py.
+@with_each(GNUTLS, SOCAT, WOLFSSL, MBEDTLS)
+def client_from_another_ca_is_refused(t, peer):
+    server = t.server()
+    client = peer.client(t, server, certs=stranger_folder(t, "client"))
+    server.err.wait(f"handshake failed: {UNKNOWN_ISSUER}")
+    client.says(peer.refused)
+    client.reap(PROMPT)
+    equal(server.err.count("connected:"), 0, "connections")
+
+
+@with_each(*EVERY, slow=True)
+def client_refuses_a_server_from_another_ca(t, peer):
+    folder = stranger_folder(t, "server")
+    server = t.server(*Identity(f"{folder}/server.pem", f"{folder}/server.key").options)
+    client = peer.client(t, server)
+    client.says(peer.refuses)
+    server.err.wait("handshake failed: refused by the peer: ")
+    equal(server.err.count("connected:"), 0, "connections")
+
+
+@with_each(S_CLIENT, GNUTLS, WOLFSSL, MBEDTLS, slow=True)
+def client_through_loss(t, peer):
+    server = t.server()
+    relays = [lossy_relay(t, server, seed) for seed in LOSS_SEEDS]
+    clients = [peer.client(t, relay) for relay in relays]
+    for seed, relay, client in zip(LOSS_SEEDS, relays, clients):
+        client.out.name += f" (seed {seed})"
+        client.says(peer.connected, timeout=LOSS_WAIT)
+        relay.loss = 0
+        client.ask("ping", "pong")
+    check(sum(relay.lost for relay in relays), f"nothing was lost with the seeds {LOSS_SEEDS}")
+
+
+# ---- tests: our client, their server ---------------------------------------------------------------------------------
+
+
+@with_each(GNUTLS, SOCAT, WOLFSSL, MBEDTLS)
+def as_server(t, peer):
+    """The same from the other side."""
+    server = peer.server(t)
+    client = our_client(t, server)
+    equal(client.connected()["name"], "server", "certificate name in our log")
+    wanted = []
+    for text in (".", text_of(1200), text_of(MESSAGE_MAX)):
+        client.send(text)
+        wanted += peer.echo(text)
+        client.out.until(lambda: len(client.out.lines()) >= len(wanted), f"answer to {len(text)} bytes")
+    client.ends()
+    equal(client.out.lines(), wanted, "answers")
+    server.says(peer.noticed, timeout=PROMPT)
+
+
+@with_each(S_SERVER)
+def server_and_large_messages(t, peer):
+    server = peer.server(t)
+    client = our_client(t, server)
+    text = text_of(MESSAGE_MAX)
+    client.send(text)
+    server.shows(text)
+    text = text[:MESSAGE_MAX - 1]  # its line's end belongs to the message
+    server.send(text)
+    client.out.until(lambda: text in client.out.lines(), f"text of {len(text)} bytes")
+    client.ends()
+    server.says(peer.noticed, timeout=PROMPT)
+
+
+# gnutls-serv never closes. s_server ("q") shuts its socket first, so that no close_notify gets out: it asks for
+# DTLS1_VERSION alone (apps/s_server.c).
+@with_each(ClosingSocat(), WOLFSSL, MBEDTLS)
+def server_closes(t, peer):
+    server = peer.server(t)
+    client = our_client(t, server)
+    client.connected()
+    client.send("bye")
+    client.err.wait(f"^{server.addr} closed: closed by the peer$", timeout=PROMPT)
+    client.exits(1, timeout=PROMPT)
+
+
+# s_server and socat serve one client only.
+@with_each(WOLFSSL, MBEDTLS)
+def server_resumes(t, peer):
+    server = peer.server(t)
+    term = our_terminal(t, server)
+    for nth in (1, 2):
+        term.type("bye\r")
+        term.shows_like("closed: closed by the peer$", nth)
+        term.shows_like("connected: server, .*, resumed session$", nth)
+        term.prompts()
+
+
+@with_each(GNUTLS)
+def server_resumes_after_silence(t, peer):
+    """It does not close, so our client must lose it: it stands still until it was given up."""
+    server = peer.server(t)
+    term = our_terminal(t, server, "--keepalive", "0.3")
+    server.send_signal(signal.SIGSTOP)
+    term.shows_like("closed: idle for ")
+    server.send_signal(signal.SIGCONT)
+    term.shows_like("connected: server, .*, resumed session$")
+
+
+# wolfSSL 5.5 as server does not send its last flight again when that is lost, whatever the client repeats.
+@with_each(S_SERVER, GNUTLS, MBEDTLS, slow=True)
+def server_through_loss(t, peer):
+    relays = [lossy_relay(t, peer.server(t), seed) for seed in LOSS_SEEDS]
+    clients = [our_client(t, relay) for relay in relays]
+    for seed, client in zip(LOSS_SEEDS, clients):
+        client.err.name += f" (seed {seed})"
+        client.connected(timeout=LOSS_WAIT)
+        client.ends()
+    check(sum(relay.lost for relay in relays), f"nothing was lost with the seeds {LOSS_SEEDS}")
+
+
+@with_each(GNUTLS)
+def server_without_cookies(t, peer):
+    server = peer.server(t, "--nocookie")
+    relay = t.relay(server.addr)
+    client = our_client(t, relay)
+    client.ask("hello", "hello")
+    client.ends()
+    hellos = [one for one in relay.handshake(True) if one.data[RECORD_HEADER] == CLIENT_HELLO]
+    equal(len(hellos), 1, "ClientHellos")
+
+
+@with_each(*EVERY)
+def server_from_another_ca_is_refused(t, peer):
+    """Our client tries twice. socat is gone by then: the first try's reason counts."""
+    server = peer.server(t, certs=stranger_folder(t, "server"))
+    client = our_client(t, server, stdin=b"ping\n").exits(1)
+    client.err.wait(f"handshake failed: {UNKNOWN_ISSUER}")
+    equal(client.out.text, "", "stdout")
+    server.says(peer.refused)
+
+
+@with_each(*EVERY, slow=True)
+def server_refuses_a_client_from_another_ca(t, peer):
+    """Our client tries again. socat is gone by then, and gnutls-serv 3.7 has crashed: the first try's reason counts."""
+    folder = stranger_folder(t, "client")
+    server = peer.server(t)
+    client = our_client(t, server, *Identity(f"{folder}/client.pem", f"{folder}/client.key").options, stdin=b"ping\n")
+    client.exits(1)
+    client.err.wait("handshake failed: refused by the peer: ")
+    equal(client.out.text, "", "stdout")
+    server.says(peer.refuses)
+
+
+# ---- tests: what peers may be restricted to --------------------------------------------------------------------------
+
+
+def fragments(relay, kind):
+    """How many datagrams to the server begin with a part of a handshake message of this type."""
+    bodies = [one.data[RECORD_HEADER:] for one in relay.handshake(True)]
+    return sum(body[0] == kind and body[1:4] != body[9:12] for body in bodies)  # its length, and that of the fragment
+
+
+@with_each(GNUTLS, MBEDTLS)
+def client_in_small_fragments(t, peer):
+    relay = t.relay(t.server())
+    peer.client(t, relay, *peer.small).ask("ping", "pong")
+    check(fragments(relay, CERTIFICATE) >= 4, "no certificate came in many fragments")
+    if peer is GNUTLS:
+        check(fragments(relay, CLIENT_HELLO) >= 2, "no ClientHello came in fragments")
+
+
+@with_each(*EVERY)
+def client_of_a_server_with_a_small_mtu(t, peer):
+    client = peer.client(t, t.server("--mtu", "256"))
+    client.says(peer.connected)
+    client.ask("ping", "pong")
+
+
+@with_each(MBEDTLS)
+def server_in_small_fragments(t, peer):
+    client = our_client(t, peer.server(t, *peer.small))
+    client.ask("ping", "pong")
+    client.ends()
+
+
+@with_each(WOLFSSL, MBEDTLS)
+def with_chacha_only(t, peer):
+    server = t.server()
+    peer.client(t, server, peer.chacha).ask("ping", "pong")
+    equal(server.connected()["cipher"], "ECDHE-ECDSA-CHACHA20-POLY1305", "suite with their client")
+    client = our_client(t, peer.server(t, peer.chacha))
+    client.ask("ping", "pong")
+    equal(client.connected()["cipher"], "ECDHE-ECDSA-CHACHA20-POLY1305", "suite with their server")
+    client.ends()
+
+
+@with_each(GNUTLS)
+def client_refused_for_what_it_cannot(t, peer):
+    """GnuTLS takes an alert seriously only when it comes again after its next ClientHello, so we may refuse twice."""
+    server = t.server()
+    for priority, reason, alert in (("NORMAL:-VERS-ALL:+VERS-DTLS1.0", "unsupported protocol", "protocol version"),
+                                    ("NORMAL:-CIPHER-ALL:+AES-128-CBC", "no shared cipher", "Handshake failed"),
+                                    ("NORMAL:-KX-ALL:+DHE-RSA", "no shared cipher", "Handshake failed")):
+        before = server.err.count(reason)
+        client = peer.client(t, server, "--priority", priority)
+        server.err.wait(f"handshake failed: protocol error: {reason}", nth=before + 1)
+        client.says(f"Received alert .*{alert}")
+        client.reap(PROMPT)
+    equal(server.err.count("connected:"), 0, "connections")
+
+
+@with_each(MBEDTLS)
+def client_with_cbc_only_is_refused(t, peer):
+    server = t.server()
+    client = peer.client(t, server, "suite=TLS-ECDHE-ECDSA-WITH-AES-128-CBC-SHA256")
+    server.err.wait("handshake failed: protocol error: no shared cipher")
+    client.says(peer.refused)
+
+
+# ---- tests: RSA ------------------------------------------------------------------------------------------------------
+
+
+class Rsa:
+    """A folder like CERTS with keys of 4,096 bits and an intermediate CA, made once for all tests that need it."""
+
+    NEWKEY = ["-newkey", "rsa:4096"]
+    lock = threading.Lock()
+    folder = None
+
+    @classmethod
+    def get(cls):
+        with cls.lock:
+            if not cls.folder:
+                folder = pathlib.Path(tempfile.mkdtemp(prefix="dtls-peers-rsa-"))
+                FOLDERS.add(folder)
+                cls.make(folder)
+                cls.folder = folder
+        return str(cls.folder)
+
+    @classmethod
+    def make(cls, folder):
+        root = Authority(folder / "root", newkey=cls.NEWKEY)
+        between = Authority(folder / "between", *root.issue("intermediate", ca=True), newkey=cls.NEWKEY)
+        shutil.copy(root.pem, folder / "ca.pem")
+        for who in ("server", "client"):
+            leaf = between.issue(who, usage=f"{who}Auth")
+            shutil.copy(leaf.key, folder / f"{who}.key")
+            chain = pathlib.Path(leaf.pem).read_bytes() + pathlib.Path(between.pem).read_bytes()
+            (folder / f"{who}.pem").write_bytes(chain)
+
+
+@with_each(*EVERY, slow=True)
+def client_with_rsa_4096(t, peer):
+    server = t.server("--mtu", str(peer.link_mtu), certs=Rsa.get())
+    client = peer.client(t, server, certs=Rsa.get())
+    client.says(peer.connected)
+    client.ask("ping", "pong")
+    equal(server.connected()["name"], "client", "certificate name in our log")
+
+
+@with_each(GNUTLS, SOCAT, WOLFSSL, MBEDTLS, slow=True)
+def server_with_rsa_4096(t, peer):
+    server = peer.server(t, certs=Rsa.get())
+    client = our_client(t, server, "--mtu", str(peer.link_mtu), certs=Rsa.get())
+    equal(client.connected()["name"], "server", "certificate name in our log")
+    client.ask("hello", peer.echo("hello")[0])
+    client.ends()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+/* A foreign peer: DTLS 1.2 by Mbed TLS, 2.28 or 3. peer.h tells what it does and how it is run.
+ *
+ *   cc -o mbedtls mbedtls.c -lmbedtls -lmbedx509 -lmbedcrypto */
+#include <mbedtls/ctr_drbg.h>
+#include <mbedtls/entropy.h>
+#include <mbedtls/error.h>
+#include <mbedtls/net_sockets.h>
+#include <mbedtls/ssl.h>
+#include <mbedtls/ssl_cache.h>
+#include <mbedtls/ssl_cookie.h>
+#include <mbedtls/timing.h>
+#include <mbedtls/version.h>
+
+#include "peer.h"
+
+enum { READ_TIMEOUT_MS = 1 }; /* 0 would mean for ever */
+
+static const char SERVER_NAME[] = "localhost";
+
+static mbedtls_entropy_context entropy;
+static mbedtls_ctr_drbg_context drbg;
+static mbedtls_x509_crt ca, cert;
+static mbedtls_pk_context key;
+static mbedtls_ssl_config config;
+static mbedtls_ssl_cookie_ctx cookies;
+static mbedtls_ssl_cache_context cache; /* a server's sessions */
+static mbedtls_ssl_session session;     /* a client's to resume, if session_there */
+static bool session_there;
+
+static mbedtls_ssl_context ssl;
+static mbedtls_net_context net;
+static mbedtls_timing_delay_context timer;
+
+static bool failed(const char *what, int result)
+{
+    char text[160];
+    mbedtls_strerror(result, text, sizeof text);
+    say("failed: %s: -0x%04x %s", what, (unsigned)-result, text);
+    return false;
+}
+
+static int load_key(const char *path)
+{
+#if MBEDTLS_VERSION_MAJOR >= 3
+    return mbedtls_pk_parse_keyfile(&key, path, NULL, mbedtls_ctr_drbg_random, &drbg);
+#else
+    return mbedtls_pk_parse_keyfile(&key, path, NULL);
+#endif
+}
+
+static bool load_certificates(const struct options *options)
+{
+    char path[PATH_BYTES];
+    const char *cert_name = options->server ? "server.pem" : "client.pem";
+    const char *key_name = options->server ? "server.key" : "client.key";
+    int result = mbedtls_x509_crt_parse_file(&ca, certs_path(options, "ca.pem", path));
+    if (result == 0)
+        result = mbedtls_x509_crt_parse_file(&cert, certs_path(options, cert_name, path));
+    if (result == 0)
+        result = load_key(certs_path(options, key_name, path));
+    if (result == 0)
+        result = mbedtls_ssl_conf_own_cert(&config, &cert, &key);
+    mbedtls_ssl_conf_ca_chain(&config, &ca, NULL);
+    mbedtls_ssl_conf_authmode(&config, MBEDTLS_SSL_VERIFY_REQUIRED);
+    return result == 0 || failed("certificates", result);
+}
+
+static bool choose_suite(const char *name)
+{
+    static int suites[2]; /* ends with 0 */
+    if (!name)
+        return true;
+    suites[0] = mbedtls_ssl_get_ciphersuite_id(name);
+    mbedtls_ssl_conf_ciphersuites(&config, suites);
+    return suites[0] != 0 || failed("suite", MBEDTLS_ERR_SSL_BAD_INPUT_DATA);
+}
+
+static bool library_start(const struct options *options)
+{
+    int role = options->server ? MBEDTLS_SSL_IS_SERVER : MBEDTLS_SSL_IS_CLIENT;
+    mbedtls_entropy_init(&entropy);
+    mbedtls_ctr_drbg_init(&drbg);
+    mbedtls_x509_crt_init(&ca);
+    mbedtls_x509_crt_init(&cert);
+    mbedtls_pk_init(&key);
+    mbedtls_ssl_config_init(&config);
+    mbedtls_ssl_cookie_init(&cookies);
+    mbedtls_ssl_cache_init(&cache);
+    mbedtls_ssl_session_init(&session);
+    int result = mbedtls_ctr_drbg_seed(&drbg, mbedtls_entropy_func, &entropy, NULL, 0);
+    if (result == 0)
+        result = mbedtls_ssl_config_defaults(&config, role, MBEDTLS_SSL_TRANSPORT_DATAGRAM, MBEDTLS_SSL_PRESET_DEFAULT);
+    if (result == 0)
+        result = mbedtls_ssl_cookie_setup(&cookies, mbedtls_ctr_drbg_random, &drbg);
+    if (result != 0)
+        return failed("start", result);
+    mbedtls_ssl_conf_rng(&config, mbedtls_ctr_drbg_random, &drbg);
+    mbedtls_ssl_conf_dtls_cookies(&config, mbedtls_ssl_cookie_write, mbedtls_ssl_cookie_check, &cookies);
+    mbedtls_ssl_conf_session_cache(&config, &cache, mbedtls_ssl_cache_get, mbedtls_ssl_cache_set);
+    mbedtls_ssl_conf_read_timeout(&config, READ_TIMEOUT_MS);
+    return load_certificates(options) && choose_suite(options->suite);
+}
+
+static void say_connected(void)
+{
+    char name[256] = "no certificate";
+    const mbedtls_x509_crt *peer = mbedtls_ssl_get_peer_cert(&ssl);
+    if (peer)
+        mbedtls_x509_dn_gets(name, sizeof name, &peer->subject);
+    say("connected: %s, %s", name, mbedtls_ssl_get_ciphersuite(&ssl));
+}
+
+/* WANT_READ is no error on a blocking socket either: it says that a datagram was dropped or put aside. */
+static int handshake(void)
+{
+    int result = MBEDTLS_ERR_SSL_WANT_READ;
+    while (result == MBEDTLS_ERR_SSL_WANT_READ)
+        result = mbedtls_ssl_handshake(&ssl);
+    return result;
+}
+
+/* The peer's address goes into its cookie; the first ClientHello is answered by a cookie and an error. */
+static int accept_handshake(int fd)
+{
+    struct sockaddr_in peer;
+    socklen_t len = sizeof peer;
+    int result = MBEDTLS_ERR_SSL_HELLO_VERIFY_REQUIRED;
+    getpeername(fd, (struct sockaddr *)&peer, &len);
+    while (result == MBEDTLS_ERR_SSL_HELLO_VERIFY_REQUIRED) {
+        mbedtls_ssl_session_reset(&ssl);
+        mbedtls_ssl_set_client_transport_id(&ssl, (const unsigned char *)&peer, len);
+        result = handshake();
+    }
+    return result;
+}
+
+static int connect_handshake(void)
+{
+    mbedtls_ssl_set_hostname(&ssl, SERVER_NAME);
+    if (session_there)
+        mbedtls_ssl_set_session(&ssl, &session);
+    return handshake();
+}
+
+static bool session_open(int fd, const struct options *options)
+{
+    mbedtls_ssl_init(&ssl);
+    net.fd = fd;
+    int result = mbedtls_ssl_setup(&ssl, &config);
+    if (result != 0)
+        return failed("session", result);
+    mbedtls_ssl_set_timer_cb(&ssl, &timer, mbedtls_timing_set_delay, mbedtls_timing_get_delay);
+    mbedtls_ssl_set_bio(&ssl, &net, mbedtls_net_send, NULL, mbedtls_net_recv_timeout);
+    if (options->mtu)
+        mbedtls_ssl_set_mtu(&ssl, (uint16_t)options->mtu);
+    result = options->server ? accept_handshake(fd) : connect_handshake();
+    if (result != 0) {
+        failed("handshake", result);
+        mbedtls_ssl_free(&ssl);
+        return false;
+    }
+    if (!options->server) {
+        mbedtls_ssl_session_free(&session);
+        session_there = mbedtls_ssl_get_session(&ssl, &session) == 0;
+    }
+    say_connected();
+    return true;
+}
+
+static int session_read(char *data, size_t size)
+{
+    int len = mbedtls_ssl_read(&ssl, (unsigned char *)data, size);
+    if (len > 0)
+        return len;
+    if (len == MBEDTLS_ERR_SSL_TIMEOUT || len == MBEDTLS_ERR_SSL_WANT_READ)
+        return SESSION_EMPTY;
+    if (len == MBEDTLS_ERR_SSL_PEER_CLOSE_NOTIFY)
+        return SESSION_CLOSED;
+    failed("read", len);
+    return SESSION_FAILED;
+}
+
+static bool session_write(const char *data, size_t len)
+{
+    int sent = mbedtls_ssl_write(&ssl, (const unsigned char *)data, len);
+    return sent == (int)len || failed("write", sent);
+}
+
+static int session_max(void)
+{
+    return mbedtls_ssl_get_max_out_record_payload(&ssl);
+}
+
+static void session_close(void)
+{
+    mbedtls_ssl_close_notify(&ssl);
+    mbedtls_ssl_free(&ssl);
+}

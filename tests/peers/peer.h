@@ -1,0 +1,222 @@
+/* What the foreign peers have in common: arguments, sockets, and the loop around a session of their library. Each
+ * includes this and defines the functions that are declared below.
+ *
+ *   PROGRAM client HOST PORT CERTS_DIR [resume] [mtu=BYTES] [suite=NAME]
+ *   PROGRAM server HOST PORT CERTS_DIR [mtu=BYTES] [suite=NAME]
+ *
+ * HOST is an IPv4 address. CERTS_DIR has ca.pem, client.pem and client.key, server.pem and server.key; both sides
+ * verify each other. A client sends each line of its input as a message and prints each answer as a line; it leaves at
+ * the end of its input. With resume it connects, closes, and connects again with the session it got. A server serves
+ * one client after the other: it answers "ping" by "pong", "bye" by closing, anything else by the same, or by "N bytes"
+ * where the library sends no message of that size. Both print "connected: NAME, SUITE", and "closed by the peer" or
+ * "failed: REASON". */
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum {
+    MESSAGE_MAX = 16384,
+    PATH_BYTES = 512,
+    RECORD_HEADER = 13, /* RFC 6347 section 4.1; behind it stands a handshake message's type */
+    HEADERS = RECORD_HEADER + 12,
+    TYPE_HANDSHAKE = 22,
+    CLIENT_HELLO = 1
+};
+
+/* From session_read(); what is positive is a message's length. */
+enum { SESSION_EMPTY = 0, SESSION_CLOSED = -1, SESSION_FAILED = -2 };
+
+struct options {
+    bool server, resume;
+    const char *certs; /* the folder */
+    const char *suite; /* the only one to take, by the library's name; NULL: the library's choice */
+    int mtu;           /* bytes in a datagram of the handshake; 0: the library's choice */
+};
+
+/* The library's part. Every failure has been printed when these return. */
+static bool library_start(const struct options *options);
+static bool session_open(int fd, const struct options *options); /* the whole handshake, on a connected socket */
+static int session_read(char *data, size_t size);                /* one message, or SESSION_ value; does not wait */
+static bool session_write(const char *data, size_t len);
+static int session_max(void);    /* bytes in the largest message that it sends */
+static void session_close(void); /* close_notify, and forget it: but for what a client needs to resume */
+
+static void say(const char *format, ...)
+#ifdef __GNUC__
+    __attribute__((format(printf, 1, 2)))
+#endif
+    ;
+
+static void say(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    vprintf(format, args);
+    va_end(args);
+    putchar('\n');
+    fflush(stdout);
+}
+
+static const char *certs_path(const struct options *options, const char *name, char path[PATH_BYTES])
+{
+    snprintf(path, PATH_BYTES, "%s/%s", options->certs, name);
+    return path;
+}
+
+static int udp_socket(const struct sockaddr_in *addr, bool server)
+{
+    int fd = socket(AF_INET, SOCK_DGRAM, 0);
+    const struct sockaddr *sa = (const struct sockaddr *)addr;
+    if (fd >= 0 && (server ? bind(fd, sa, sizeof *addr) : connect(fd, sa, sizeof *addr)) == 0)
+        return fd;
+    perror(server ? "bind" : "connect");
+    exit(2);
+}
+
+/* Ties the server's socket to whoever sends the next ClientHello. What earlier clients still send is thrown away. */
+static void udp_accept(int fd)
+{
+    struct sockaddr_in from;
+    socklen_t len = sizeof from;
+    unsigned char head[HEADERS] = {0};
+    while (recvfrom(fd, head, sizeof head, MSG_PEEK, (struct sockaddr *)&from, &len) != HEADERS ||
+           head[0] != TYPE_HANDSHAKE || head[RECORD_HEADER] != CLIENT_HELLO)
+        recv(fd, head, sizeof head, 0);
+    connect(fd, (struct sockaddr *)&from, len);
+}
+
+static void udp_release(int fd)
+{
+    struct sockaddr nobody = {.sa_family = AF_UNSPEC};
+    connect(fd, &nobody, sizeof nobody);
+}
+
+static bool serve_message(const char *data, int len)
+{
+    char text[32];
+    if (len == 4 && memcmp(data, "ping", 4) == 0)
+        return session_write("pong", 4);
+    if (len > session_max())
+        return session_write(text, (size_t)snprintf(text, sizeof text, "%d bytes", len));
+    return session_write(data, (size_t)len);
+}
+
+static void serve(int fd)
+{
+    static char data[MESSAGE_MAX];
+    struct pollfd in = {.fd = fd, .events = POLLIN};
+    int len = SESSION_EMPTY;
+    while (len >= 0) {
+        len = session_read(data, sizeof data);
+        if (len == SESSION_EMPTY)
+            poll(&in, 1, -1);
+        else if (len == 3 && memcmp(data, "bye", 3) == 0)
+            break;
+        else if (len > 0 && !serve_message(data, len))
+            break;
+    }
+    if (len == SESSION_CLOSED)
+        say("closed by the peer");
+    session_close();
+}
+
+static void run_server(int fd, const struct options *options)
+{
+    say("listening");
+    for (;;) {
+        udp_accept(fd);
+        if (session_open(fd, options))
+            serve(fd);
+        udp_release(fd);
+    }
+}
+
+/* Sends the next line; false: there is none. Byte by byte, so that poll() knows what is left. */
+static bool send_line(void)
+{
+    static char line[MESSAGE_MAX + 1];
+    size_t len = 0;
+    while (read(STDIN_FILENO, &line[len], 1) == 1) {
+        if (line[len] == '\n')
+            return len == 0 || session_write(line, len);
+        if (len++ == MESSAGE_MAX)
+            break;
+    }
+    return false;
+}
+
+static int talk(int fd)
+{
+    static char data[MESSAGE_MAX];
+    struct pollfd in[] = {{.fd = fd, .events = POLLIN}, {.fd = STDIN_FILENO, .events = POLLIN}};
+    for (;;) {
+        int len = session_read(data, sizeof data);
+        if (len > 0)
+            say("%.*s", len, data);
+        if (len == SESSION_CLOSED)
+            say("closed by the peer");
+        if (len < 0)
+            return len == SESSION_FAILED;
+        if (len == SESSION_EMPTY)
+            poll(in, 2, -1);
+        if (len == SESSION_EMPTY && in[1].revents && !send_line())
+            return 0;
+    }
+}
+
+static int run_client(const struct sockaddr_in *addr, const struct options *options)
+{
+    int status = 1;
+    for (int left = options->resume ? 2 : 1; left > 0; left--) {
+        int fd = udp_socket(addr, false);
+        if (session_open(fd, options)) {
+            status = left > 1 ? 0 : talk(fd);
+            session_close();
+        }
+        close(fd);
+    }
+    return status;
+}
+
+static bool read_options(int argc, char **argv, struct options *options, struct sockaddr_in *addr)
+{
+    if (argc < 5 || inet_pton(AF_INET, argv[2], &addr->sin_addr) != 1)
+        return false;
+    addr->sin_family = AF_INET;
+    addr->sin_port = htons((in_port_t)atoi(argv[3]));
+    options->server = strcmp(argv[1], "server") == 0;
+    options->certs = argv[4];
+    for (int i = 5; i < argc; i++) {
+        if (strcmp(argv[i], "resume") == 0)
+            options->resume = true;
+        else if (strncmp(argv[i], "mtu=", 4) == 0)
+            options->mtu = atoi(argv[i] + 4);
+        else if (strncmp(argv[i], "suite=", 6) == 0)
+            options->suite = argv[i] + 6;
+        else
+            return false;
+    }
+    return options->server || strcmp(argv[1], "client") == 0;
+}
+
+int main(int argc, char **argv)
+{
+    struct options options = {0};
+    struct sockaddr_in addr = {0};
+    if (!read_options(argc, argv, &options, &addr)) {
+        fprintf(stderr, "usage: %s client|server HOST PORT CERTS_DIR [resume] [mtu=BYTES] [suite=NAME]\n", argv[0]);
+        return 2;
+    }
+    if (!library_start(&options))
+        return 2;
+    if (options.server)
+        run_server(udp_socket(&addr, true), &options);
+    return run_client(&addr, &options);
+}
