@@ -3073,7 +3073,7 @@ static void config_default(int *field, int value)
 
 static int config_check(dtls_config *cfg, dtls_error *err)
 {
-    config_default(&cfg->retransmit_ms, 400);
+    config_default(&cfg->retransmit_ms, 250);
     config_default(&cfg->retransmit_max_ms, 6000);
     config_default(&cfg->handshake_timeout_ms, 30000);
     config_default(&cfg->idle_repeat_ms, 5000);

@@ -198,7 +198,7 @@ typedef struct dtls_config {
     void *user;                                                   /* see dtls_endpoint_user() */
 
     /* Timers. Retransmission waits grow by half from the first value to the largest (RFC 6347 section 4.2.4). */
-    int retransmit_ms;        /* 400 */
+    int retransmit_ms;        /* 250 */
     int retransmit_max_ms;    /* 6,000; at most 1,000 until the first ClientHello is answered. OpenSSL gives up after */
                               /* 12 retransmissions in a row */
     int handshake_timeout_ms; /* 30,000: gives up on a handshake */

@@ -1,21 +1,28 @@
 #!/bin/sh
 # Builds everything under sanitizers and runs every test: ./test.sh [all] [PROGRAM]
-# The last line counts the results; the exit status is 1 if anything failed, or if nothing passed.
+# With "all" everything that is sampled otherwise (simulated worlds, injected faults, fuzzing, floods) runs at full length,
+# and valgrind and coverage besides: about half an hour. The last line counts the results; the exit status is 1 if anything
+# failed, or if nothing passed.
 set -u
 cd "$(dirname -- "$0")" || exit 1
-programs='library unit memory loops threads simulate dropin e2e'
-limit_s=300 # for each program
-worlds=100  # for simulate
+programs='library unit memory loops threads simulate faults fuzz dropin e2e peers hostile'
+more='valgrind coverage'
+mode=quick limit_s=300 # for each program
+worlds=1000            # simulated with an optimizing compiler, and
+worlds_sanitized=60    # under sanitizers
 
-if [ "${1-}" = all ]; then
-    worlds=1000
+case ${1-} in
+all)
+    mode=all limit_s=3000 worlds=25000 worlds_sanitized=1000
+    programs="$programs $more"
     shift
-fi
-case "$# $programs " in
+    ;;
+esac
+case "$# $programs $more " in
 0*) ;;
 1*" $1 "*) programs=$1 ;;
 *)
-    echo "usage: ./test.sh [all] [$(echo "$programs" | tr ' ' '|')]" >&2
+    echo "usage: ./test.sh [all] [$(echo "${programs% $more} $more" | tr ' ' '|')]" >&2
     exit 2
     ;;
 esac
@@ -71,7 +78,7 @@ run() { # program, file that must have been built or "", command...
 }
 
 : >"$log"
-sh tests/setup.sh test || exit
+sh tests/setup.sh $([ $mode = all ] && echo all || echo test) || exit
 
 cc=${CC:-cc}
 sanitize='-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1'
@@ -97,9 +104,17 @@ libedit=$(pkg-config --cflags --libs libedit 2>/dev/null) || libedit=-ledit
 if wanted unit; then build unit "$sanitize" tests/unit.c -pthread $libssl $libedit; fi
 if wanted memory; then build memory "$sanitize" tests/memory.c dtls.c -pthread $libssl; fi
 if wanted loops; then build loops "$sanitize" tests/loops.c dtls.c -pthread $libssl; fi
-if wanted simulate; then build simulate "$sanitize" tests/simulate.c dtls.c $libssl; fi
+if wanted simulate; then
+    build simulate "$sanitize" tests/simulate.c dtls.c $libssl
+    build simulate-fast -O2 tests/simulate.c dtls.c $libssl
+fi
+if wanted faults; then
+    build faults "$sanitize" tests/faults.c dtls.c -pthread $(sed -n 's/^ \* wrap: //p' tests/faults.c | tr ' ' '\n' |
+        sed 's/^/-Wl,--wrap=/') $libssl
+fi
 if wanted threads; then build threads "$races" tests/loops.c dtls.c -pthread $libssl; fi
-if wanted dropin || wanted e2e; then build dtls "$sanitize" -DDTLS_MAIN dtls.c $libssl $libedit; fi
+if wanted dropin || wanted e2e || wanted peers || wanted hostile; then build dtls "$sanitize" -DDTLS_MAIN dtls.c $libssl $libedit; fi
+if wanted valgrind; then build dtls-plain '-O1 -g' -DDTLS_MAIN dtls.c $libssl $libedit; fi
 wait
 children=
 sh certs/certs.sh all >"$scratch/certs.log" 2>&1 || {
@@ -112,7 +127,14 @@ run unit tests/build/unit tests/build/unit "$CERTS_DIR"
 run memory tests/build/memory tests/build/memory "$CERTS_DIR"
 run loops tests/build/loops tests/build/loops "$CERTS_DIR"
 run threads tests/build/threads tests/build/threads "$CERTS_DIR"
-run simulate tests/build/simulate tests/build/simulate $worlds
+run simulate tests/build/simulate tests/build/simulate $worlds_sanitized
+run simulate tests/build/simulate-fast tests/build/simulate-fast $worlds
+run faults tests/build/faults tests/build/faults "$CERTS_DIR" $mode
+run fuzz '' sh tests/fuzz.sh $mode
 run dropin tests/build/dtls sh tests/dropin.sh
 run e2e tests/build/dtls python3 tests/e2e.py
+run peers tests/build/dtls python3 tests/peers.py
+run hostile tests/build/dtls python3 tests/hostile.py $([ $mode = quick ] || echo --all)
+run valgrind '' sh tests/valgrind.sh tests/build/dtls-plain
+run coverage '' python3 tests/coverage.py "$CERTS_DIR"
 finish

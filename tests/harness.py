@@ -322,8 +322,8 @@ class Proc:
 class Server(Proc):
     """The program as a server; self.addrs are its addresses, self.addr the first of them."""
 
-    def __init__(self, case, options, addrs, certs):
-        super().__init__(case, case.title("server"), [BIN, "server", "--certs", certs, *options, *addrs],
+    def __init__(self, case, options, addrs, certs, program=BIN):
+        super().__init__(case, case.title("server"), [program, "server", "--certs", certs, *options, *addrs],
                          stdin=subprocess.DEVNULL)
         self.addrs, self.addr = addrs, addrs[0]
 
@@ -531,6 +531,7 @@ class Relay(threading.Thread):
         self.loss = 0.0
         self.delay = 0.0  # seconds each way
         self.limit = 65535  # payload bytes; larger datagrams vanish
+        self.quota = {True: None, False: None}  # so many more datagrams pass to the server, and back; None: all
         self.to_server_first = []  # forged datagrams that go ahead of each real one
         self.to_client_first = []
         self.waker, self.wakee = socket.socketpair()
@@ -579,9 +580,12 @@ class Relay(threading.Thread):
     def pass_on(self, datagram, sock, to, forged):
         with self.lock:
             self.log.append(datagram)
-            if self.blocked or len(datagram.data) > self.limit or self.random.random() < self.loss:
+            if (self.blocked or len(datagram.data) > self.limit or self.random.random() < self.loss or
+                    self.quota[datagram.to_server] == 0):
                 self.lost += 1
                 return
+            if self.quota[datagram.to_server]:
+                self.quota[datagram.to_server] -= 1
             for data in [*forged, datagram.data]:
                 if self.delay:
                     self.late.append((datagram.when + self.delay, sock, data, to))
@@ -607,6 +611,12 @@ class Relay(threading.Thread):
                 self.send(up, data, self.server)
             else:
                 self.send(self.front, data, client)
+
+    def own_addr(self):
+        """The address by which the server knows the client; there must be one."""
+        with self.lock:
+            (up,) = self.clients
+            return "127.0.0.1:%d" % up.getsockname()[1]
 
     def handshake(self, to_server=None):
         with self.lock:
@@ -756,12 +766,12 @@ class Case:
     def dtls(self, *argv, stdin=subprocess.DEVNULL):
         return Proc(self, self.title("dtls"), [BIN, *argv], stdin=stdin)
 
-    def server(self, *options, at=("127.0.0.1",), port=None, listening=None, certs=None):
+    def server(self, *options, at=("127.0.0.1",), port=None, listening=None, certs=None, program=BIN):
         """Listens on each host in `at`, all with one port, and is ready on return."""
         for attempt in range(5):
             addrs = [f"{host}:{port or free_port()}" for host in at[:1]]
             addrs += [f"{host}:{split_addr(addrs[0])[1]}" for host in at[1:]]
-            server = Server(self, options, addrs, certs or CERTS)
+            server = Server(self, options, addrs, certs or CERTS, program)
             try:
                 server.err.wait("^listening on ", listening or len(at))
                 return server

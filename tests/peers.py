@@ -436,8 +436,7 @@ def server_and_large_messages(t, peer):
     server.says(peer.noticed, timeout=PROMPT)
 
 
-# gnutls-serv never closes. s_server ("q") shuts its socket first, so that no close_notify gets out: it asks for
-# DTLS1_VERSION alone (apps/s_server.c).
+# gnutls-serv never closes, and of s_server's close ("q") nothing reaches the network.
 @with_each(ClosingSocat(), WOLFSSL, MBEDTLS)
 def server_closes(t, peer):
     server = peer.server(t)

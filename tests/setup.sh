@@ -1,26 +1,37 @@
 #!/bin/sh
-# Makes sure of what building takes and, with the argument "test", of what the tests take besides. Says nothing when all of
-# it is there. Installs what is missing where it may: as root, with a sudo that asks no password, or with Homebrew.
-# Elsewhere it prints the command to run and exits with 2.
+# Makes sure of what building takes and, with the argument "test", of what the tests take besides; with "all" it also tries
+# to get the foreign peers and the tools of ./test.sh all. Says nothing when all of it is there. Installs what is missing
+# where it may: as root, with a sudo that asks no password, or with Homebrew. Elsewhere it prints the command to run and
+# exits with 2, unless only peers and tools are missing: tests that want them are skipped.
 set -u
 needed='compiler make openssl-headers libedit-headers openssl'
 welcome='pkg-config' # installed along with the rest, but nothing fails without it
-if [ "${1-}" = test ]; then
+extra=
+case ${1-} in
+test | all)
     needed="$needed python3"
     welcome="$welcome sanitizers"
-fi
+    ;;
+esac
+[ "${1-}" != all ] || extra='fuzzer gnutls wolfssl mbedtls socat valgrind'
 
 # What each package manager calls it; "-": part of the base system, or not to be had.
 packages='
-need            apt-get       dnf                apk          pacman   pkg      pkgin      brew
-compiler        gcc,libc6-dev gcc                gcc,musl-dev gcc      -        -          -
-make            make          make               make         make     -        -          -
-openssl-headers libssl-dev    openssl-devel      openssl-dev  openssl  openssl  openssl    openssl@3
-libedit-headers libedit-dev   libedit-devel      libedit-dev  libedit  libedit  editline   libedit
-openssl         openssl       openssl            openssl      openssl  openssl  openssl    openssl@3
-python3         python3       python3            python3      python   python3  python312  python3
-pkg-config      pkg-config    pkgconf-pkg-config pkgconf      pkgconf  pkgconf  pkgconf    pkgconf
-sanitizers      -             libasan,libubsan   -            -        -        -          -
+need            apt-get               dnf                apk          pacman   pkg      pkgin      brew
+compiler        gcc,libc6-dev         gcc                gcc,musl-dev gcc      -        -          -
+make            make                  make               make         make     -        -          -
+openssl-headers libssl-dev            openssl-devel      openssl-dev  openssl  openssl  openssl    openssl@3
+libedit-headers libedit-dev           libedit-devel      libedit-dev  libedit  libedit  editline   libedit
+openssl         openssl               openssl            openssl      openssl  openssl  openssl    openssl@3
+python3         python3               python3            python3      python   python3  python312  python3
+pkg-config      pkg-config            pkgconf-pkg-config pkgconf      pkgconf  pkgconf  pkgconf    pkgconf
+sanitizers      -                     libasan,libubsan   -            -        -        -          -
+fuzzer          clang,libclang-rt-dev clang,compiler-rt  clang        clang    -        -          -
+gnutls          gnutls-bin            gnutls-utils       gnutls-utils gnutls   gnutls   gnutls     gnutls
+wolfssl         libwolfssl-dev        wolfssl-devel      wolfssl-dev  wolfssl  wolfssl  wolfssl    wolfssl
+mbedtls         libmbedtls-dev        mbedtls-devel      mbedtls-dev  mbedtls  mbedtls3 mbedtls    mbedtls
+socat           socat                 socat              socat        socat    socat    socat      socat
+valgrind        valgrind              valgrind           valgrind     valgrind valgrind -          -
 '
 
 scratch=$(mktemp -d) || exit 2
@@ -44,8 +55,12 @@ has() { # need
     make) command -v make || command -v bmake ;;
     openssl-headers) compiles '#include <openssl/ssl.h>' -c $(pkg-config --cflags openssl) ;;
     libedit-headers) compiles '#include <histedit.h>' -c $(pkg-config --cflags libedit) ;;
-    openssl | pkg-config) command -v "$1" ;;
+    openssl | pkg-config | socat | valgrind) command -v "$1" ;;
     python3) python3 -c 'import sys; sys.exit(sys.version_info < (3, 9))' ;;
+    fuzzer) (CC=clang && compiles 'int LLVMFuzzerTestOneInput(void) { return 0; }' -fsanitize=fuzzer) ;;
+    gnutls) command -v gnutls-cli ;;
+    wolfssl) compiles '#include <wolfssl/options.h>' -c ;;
+    mbedtls) compiles '#include <mbedtls/ssl.h>' -c ;;
     sanitizers) compiles 'int main(void) { return 0; }' -fsanitize=address,undefined ;;
     esac >/dev/null 2>&1
 }
@@ -56,8 +71,15 @@ lacking() { # needs... -> those that are not there
     done
 }
 
-missing=$(lacking $needed)
+missing=$(lacking $needed $extra)
 [ -n "$missing" ] || exit 0
+
+# Peers and tools are a wish.
+give_up_if_needed() { # text
+    [ -z "$(lacking $needed)" ] || give_up "$1"
+    echo "setup.sh: going on without: $(lacking $extra)" >&2
+    exit 0
+}
 
 for manager in apt-get dnf apk pacman pkg pkgin brew none; do
     ! command -v $manager >/dev/null 2>&1 || break
@@ -71,7 +93,7 @@ pacman) install='pacman -S --needed --noconfirm' refresh='pacman -Sy' ;;
 pkg) install='pkg install -y' ;;
 pkgin) install='pkgin -y install' ;;
 brew) install='brew install' ;;
-none) give_up "please install by hand, no package manager known here: $missing" ;;
+none) give_up_if_needed "please install by hand, no package manager known here: $missing" ;;
 esac
 
 names=$(echo "$packages" | awk -v manager=$manager -v needs=" $missing $(lacking $welcome) " '
@@ -81,14 +103,14 @@ names=$(echo "$packages" | awk -v manager=$manager -v needs=" $missing $(lacking
         printf "%s%s", sep, $column
         sep = " "
     }')
-[ -n "$names" ] || give_up "please install by hand, $manager has no package for it: $missing"
+[ -n "$names" ] || give_up_if_needed "please install by hand, $manager has no package for it: $missing"
 
 if [ "$manager" = brew ] || [ "$(id -u)" = 0 ]; then
     as=
 elif sudo -n true >/dev/null 2>&1; then
     as='sudo -n'
 else
-    give_up "missing: $missing
+    give_up_if_needed "missing: $missing
 as root, please run:
     $refresh && $install $names"
 fi
@@ -102,7 +124,7 @@ run() {
     run $install $names || { run $refresh && run $install $names; }
 } >"$scratch/log" 2>&1 || {
     cat "$scratch/log" >&2
-    give_up "failed: $install $names"
+    give_up_if_needed "failed: $install $names"
 }
-missing=$(lacking $needed)
-[ -z "$missing" ] || give_up "still missing after $install $names: $missing"
+missing=$(lacking $needed $extra)
+[ -z "$missing" ] || give_up_if_needed "still missing after $install $names: $missing"

@@ -1,0 +1,149 @@
+#!/usr/bin/env python3
+"""Branch coverage of dtls.c's library part by all tests together, with gcc and gcov.
+
+    python3 tests/coverage.py CERTS_DIR        about two minutes; builds in tests/build/coverage
+
+Each test program is built with --coverage and runs; what each of them took of a branch is added up. Prints the share of
+branches taken and, by line, those that were not, with the reason that tests/uncovered.txt gives. Fails where the share is
+below the goal, where a branch that was not taken has no reason, and where a reason speaks of a line that is gone.
+"""
+
+import collections
+import gzip
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+BUILD = ROOT / "tests/build/coverage"
+REASONS = ROOT / "tests/uncovered.txt"
+GOAL_PERCENT = 95
+LIMIT_S = 600  # for each program
+
+Program = collections.namedtuple("Program", "name sources flags libs command")
+
+
+def pkg_config(package, otherwise):
+    found = subprocess.run(["pkg-config", "--cflags", "--libs", package], stdout=subprocess.PIPE,
+                           stderr=subprocess.DEVNULL)
+    return shlex.split(found.stdout.decode()) if found.returncode == 0 else otherwise
+
+
+LIBSSL = pkg_config("openssl", ["-lssl", "-lcrypto"])
+LIBEDIT = pkg_config("libedit", ["-ledit"])
+
+
+def wraps():
+    """What tests/faults.c wants to have put in front of the system's functions."""
+    words = re.findall(r"^ \* wrap: (.*)$", (ROOT / "tests/faults.c").read_text(), re.M)
+    return [f"-Wl,--wrap={word}" for line in words for word in line.split()]
+
+
+def programs(certs):
+    def make(name, *sources, flags=(), libs=(), command=()):
+        return Program(name, ["dtls.c", *sources], ["-pthread", *flags], [*LIBSSL, *libs],
+                       command or [str(BUILD / name / "program"), certs])
+
+    yield make("unit", "tests/unit.c", libs=LIBEDIT)._replace(sources=["tests/unit.c"])
+    yield make("memory", "tests/memory.c")
+    yield make("loops", "tests/loops.c")
+    yield make("simulate", "tests/simulate.c", command=[str(BUILD / "simulate/program"), "150"])
+    yield make("faults", "tests/faults.c", flags=wraps(), command=[str(BUILD / "faults/program"), certs, "quick"])
+    for target in ("server", "client", "addr"):
+        yield make(f"fuzz-{target}", f"tests/fuzz_{target}.c", "tests/fuzz_replay.c",
+                   command=[str(BUILD / f"fuzz-{target}/program"), *map(str, sorted((ROOT / "tests/corpus" / target).iterdir()))])
+    yield make("e2e", flags=["-DDTLS_MAIN"], libs=LIBEDIT, command=[sys.executable, "tests/e2e.py"])
+
+
+def build(program):
+    folder = BUILD / program.name
+    folder.mkdir(parents=True)
+    objects = []
+    for source in program.sources:
+        objects.append(str(folder / (pathlib.Path(source).stem + ".o")))
+        subprocess.run(["gcc", "-O0", "-g", "--coverage", "-fprofile-update=atomic", "-D_GNU_SOURCE", *program.flags, "-I.",
+                        "-c", "-o", objects[-1], source], cwd=ROOT, check=True)
+    subprocess.run(["gcc", "--coverage", *program.flags, "-o", folder / "program", *objects, *program.libs], cwd=ROOT,
+                   check=True)
+
+
+def run(program, certs):
+    """The tests' own verdicts are not asked for again, but a program that fails covers what it should not."""
+    env = {**os.environ, "CERTS_DIR": certs, "DTLS_BIN": str(BUILD / "e2e/program")}
+    with open(BUILD / program.name / "log", "wb") as log:
+        done = subprocess.run(program.command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log,
+                              stderr=subprocess.STDOUT, timeout=LIMIT_S)
+    if done.returncode:
+        print(f"not ok - coverage: {program.name} fails under gcov: status {done.returncode}, see {log.name}", flush=True)
+    return done.returncode == 0
+
+
+def gather(program, taken, texts):
+    """Adds what one program took: {(line, branch): times}, and each line's function."""
+    folder = BUILD / program.name
+    for data in folder.glob("*.gcda"):
+        subprocess.run(["gcov", "--json-format", "--branch-probabilities", data.name], cwd=folder, check=True,
+                       stdout=subprocess.DEVNULL)
+    for report in folder.glob("*.gcov.json.gz"):
+        for file in json.loads(gzip.decompress(report.read_bytes()))["files"]:
+            if pathlib.Path(file["file"]).name != "dtls.c":
+                continue
+            for line in file["lines"]:
+                texts[line["line_number"]] = line.get("function_name", "")
+                for i, branch in enumerate(line["branches"]):
+                    taken[line["line_number"], i] += branch["count"]
+
+
+def read_reasons():
+    """{(function, text of the line): reason} from lines of `function: text # reason`, and a bare `# ...` is a remark."""
+    reasons = {}
+    for line in REASONS.read_text().splitlines():
+        if line and not line.startswith("#"):
+            place, reason = line.rsplit(" ## ", 1)
+            function, text = place.split(": ", 1)
+            reasons[function, text.strip()] = reason
+    return reasons
+
+
+def report(taken, functions):
+    source = (ROOT / "dtls.c").read_text().splitlines()
+    end = next(number for number, line in enumerate(source, 1) if line.startswith("#ifdef DTLS_MAIN"))
+    library = {place: count for place, count in taken.items() if place[0] < end}
+    missed = sorted({line for (line, _), count in library.items() if count == 0})
+    share = 100 * sum(count > 0 for count in library.values()) / len(library)
+    reasons, unexplained = read_reasons(), 0
+    for line in missed:
+        function, text = functions[line], source[line - 1].strip()
+        reason = reasons.pop((function, text), None)
+        unexplained += reason is None
+        print(f"# coverage: {line}: {function}: {text}: {reason or 'no reason given'}")
+    print(f"# coverage: {share:.1f} % of {len(library)} branches in the library part of dtls.c were taken, "
+          f"{len(missed)} lines have some that were not")
+    for function, text in reasons:
+        print(f"# coverage: reason for a line that is gone or covered: {function}: {text}")
+    good = share >= GOAL_PERCENT and not unexplained
+    print(f"{'ok' if good else 'not ok'} - coverage of {GOAL_PERCENT} % of the branches, the rest explained")
+    return good
+
+
+def main():
+    certs = os.path.abspath(sys.argv[1])
+    if not shutil.which("gcov") or not shutil.which("gcc"):
+        print("skip - coverage: no gcc with gcov")
+        return 0
+    shutil.rmtree(BUILD, ignore_errors=True)
+    taken, functions, good = collections.Counter(), {}, True
+    for program in programs(certs):
+        build(program)
+        good &= run(program, certs)
+        gather(program, taken, functions)
+    return 0 if report(taken, functions) and good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+/* Fuzzes what the program reads: its arguments, the commands of clients, a server's greeting, the keys of a terminal.
+ * The first byte of an input chooses.
+ *
+ * Checked: what they return lies within what they were given and means what was said there; keys are split in the same
+ * way however they arrive, and never wait for ever. */
+#define DTLS_MAIN
+#define main program_main
+#include "../dtls.c"
+#undef main
+
+enum { ARGS_MAX = 32, KEY_MAX = 64 };
+
+#define BROKEN(...) (fprintf(stderr, "broken: " __VA_ARGS__), fputc('\n', stderr), abort())
+
+/* The commands: what was understood, put together again, is what was sent, but for the end of its line. */
+static void commands(const char *data, size_t len)
+{
+    static const char *const names[] = {"ping", "echo ", "whoami", "stats", "bc "};
+    const char *text;
+    size_t text_len, n;
+    enum command command = command_parse(data, len, &text, &text_len);
+    if (command == COMMAND_OTHER)
+        return;
+    n = strlen(names[command]);
+    if (len < n + text_len || memcmp(data, names[command], n) != 0 || (text && text != data + n))
+        BROKEN("command %d is not what was sent", (int)command);
+    if ((text != NULL) != (command == COMMAND_ECHO || command == COMMAND_BC) || (text != NULL) != (text_len > 0))
+        BROKEN("command %d with %zu bytes of text", (int)command, text_len);
+    for (size_t i = n + text_len; i < len; i++)
+        if (len - i > 2 || (data[i] != '\r' && data[i] != '\n'))
+            BROKEN("command %d lost what stood behind it", (int)command);
+}
+
+static bool in_range(int value, int min, int max)
+{
+    return value == 0 || (value >= min && value <= max);
+}
+
+static void options_check(const struct options *o, int argc)
+{
+    if (o->help || o->version)
+        return;
+    if (o->addrs_len < 1 || o->addrs_len >= argc || (!o->server && o->addrs_len != 1))
+        BROKEN("%d addresses of %d arguments", o->addrs_len, argc);
+    if (!in_range(o->mtu, 256, 65535) || !in_range(o->max_clients, 1, 10000000) ||
+        !in_range(o->idle_timeout_ms, DTLS_NEVER, 1000000000) || !in_range(o->keepalive_ms, DTLS_NEVER, 1000000000))
+        BROKEN("an option is out of range");
+    for (int i = 0; i < o->addrs_len; i++) {
+        dtls_addr a;
+        dtls_error err = {0};
+        if (option_addr(o->addrs[i], &a, &err) ? a.port == 0 : !err.text[0])
+            BROKEN("address \"%s\": %s", o->addrs[i], err.text);
+    }
+}
+
+/* Arguments: one a line. */
+static void arguments(const char *data, size_t len)
+{
+    char *argv[ARGS_MAX + 1], *memory[ARGS_MAX];
+    int argc = 0;
+    while (len > 0 && argc < ARGS_MAX) {
+        const char *end = memchr(data, '\n', len);
+        size_t n = end ? (size_t)(end - data) : len;
+        memory[argc] = argv[argc] = strndup(data, n);
+        argc++;
+        n += end != NULL;
+        data += n;
+        len -= n;
+    }
+    argv[argc] = NULL;
+    int all = argc;
+    struct options o;
+    dtls_error err = {0};
+    int r = argc > 0 ? options_parse(&o, argc, argv, &err) : DTLS_ERR_ARG;
+    if (r == 0)
+        options_check(&o, argc);
+    else if (argc > 0 && (r != DTLS_ERR_ARG || !err.text[0]))
+        BROKEN("refused with %d and \"%s\"", r, err.text);
+    while (all > 0)
+        free(memory[--all]);
+}
+
+static void greeting(const char *data, size_t len)
+{
+    if (is_greeting(data, len) && (len < 8 || memcmp(data, "hello, ", 7) != 0))
+        BROKEN("a greeting that is none");
+}
+
+/* A key that is whole was not so before its last byte came, unless it was too long to be one. */
+static void keys(const unsigned char *p, size_t n)
+{
+    for (size_t len; n > 0; p += len, n -= len) {
+        len = editor_key_length(p, n);
+        if (len > n || (len == 0 && n > KEY_MAX))
+            BROKEN("a key of %zu bytes in %zu", len, n);
+        if (len == 0)
+            return;
+        for (size_t part = 1; part < len && len <= KEY_MAX; part++)
+            if (editor_key_length(p, part) != 0)
+                BROKEN("a key of %zu bytes is one of %zu, too", len, part);
+        if (editor_unknown_key(p, len) && p[len - 1] != '~')
+            BROKEN("a key that libedit knows");
+    }
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
+{
+    if (len == 0)
+        return 0;
+    char *copy = malloc(len - 1); /* of just that size, for the sanitizer to see what reads behind it */
+    memcpy(copy, data + 1, len - 1);
+    switch (data[0] % 4) {
+    case 0:
+        commands(copy, len - 1);
+        break;
+    case 1:
+        arguments(copy, len - 1);
+        break;
+    case 2:
+        greeting(copy, len - 1);
+        break;
+    default:
+        keys((unsigned char *)copy, len - 1);
+        break;
+    }
+    free(copy);
+    return 0;
+}

@@ -1,0 +1,426 @@
+#!/usr/bin/env python3
+"""Hostile traffic and lossy links, on real sockets against the real server. harness.py says how it runs; --all: at length.
+
+Everything stays on loopback and is bounded in count and time. Memory and speed are measured on an optimized build, which
+is made here with tests/crowd.c (many clients in one process) and tests/proxy.c (a network that loses and forges).
+"""
+
+import os
+import pathlib
+import random
+import re
+import shutil
+import socket
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+sys.dont_write_bytecode = True  # no __pycache__ in the tree
+
+from harness import (CERTS, FOLDERS, MESSAGE_MAX, Proc, ROOT, check, equal, main, record, split_addr, test,
+                     wait_until)  # noqa: E402
+
+ALL = "--all" in sys.argv
+HELLOS = 1000000 if ALL else 100000  # in a flood
+SEEDS = range(1, 11 if ALL else 3)  # of lossy and forging networks
+SOURCES = 250  # sockets of a flood, each with an address of its own
+GROWTH_KB = 1024  # what the allocator may keep back: a connection alone takes 40
+CONNECT_S = 2.0  # a real client gets in within this time, whatever goes on
+DEADLINE_S = 30  # of a handshake
+CONNECTED = re.compile(r"^connected (\d+) of \d+(?:, median ([\d.]+) s, slowest ([\d.]+) s)?$", re.M)
+ALIVE = re.compile(r"^alive (\d+) of \d+, answered (\d+) of (\d+)(?:, median ([\d.]+) ms, slowest ([\d.]+) ms)?$", re.M)
+COOKIE_LENGTH_AT = 13 + 12 + 2 + 32 + 1  # in a ClientHello's datagram without a session id
+
+
+def say(text):
+    print(f"# hostile: {text}", flush=True)
+
+
+# ---- programs --------------------------------------------------------------------------------------------------------
+
+
+class Fast:
+    """The optimized programs, built once for all tests."""
+
+    lock = threading.Lock()
+    folder = None
+
+    @classmethod
+    def program(cls, name):
+        with cls.lock:
+            if not cls.folder:
+                cls.folder = pathlib.Path(tempfile.mkdtemp(prefix="dtls-hostile-bin-"))
+                FOLDERS.add(str(cls.folder))
+                for name_, words in (("dtls", ["-DDTLS_MAIN", "dtls.c", *flags("openssl", "-lssl", "-lcrypto"),
+                                               *flags("libedit", "-ledit")]),
+                                     ("crowd", ["tests/crowd.c", "dtls.c", *flags("openssl", "-lssl", "-lcrypto")]),
+                                     ("proxy", ["tests/proxy.c"])):
+                    subprocess.run([os.environ.get("CC") or "cc", "-O2", "-I.", "-o", cls.folder / name_, *words],
+                                   cwd=ROOT, check=True)
+            return str(cls.folder / name)
+
+
+def flags(package, *otherwise):
+    found = subprocess.run(["pkg-config", "--cflags", "--libs", package], stdout=subprocess.PIPE,
+                           stderr=subprocess.DEVNULL) if shutil.which("pkg-config") else None
+    return found.stdout.decode().split() if found and found.returncode == 0 else otherwise
+
+
+def fast_server(t, *options):
+    return t.server(*options, program=Fast.program("dtls"))
+
+
+def proxy(t, server, **what):
+    """A network between clients and this server."""
+    proxy = Proc(t, t.title("proxy"), [Fast.program("proxy"), split_addr(server.addr)[1],
+                                       *(f"{name}={value}" for name, value in what.items())])
+    proxy.addr = proxy.out.wait(r"^listening on (\S+)$")[1]
+    return proxy
+
+
+def crowd(t, where, clients, *more):
+    return Proc(t, t.title("crowd"), [Fast.program("crowd"), where.addr, CERTS, clients, *more])
+
+
+def connected(crowd, timeout=DEADLINE_S + 5):
+    """How many got in, and the median and the largest of their handshakes' seconds."""
+    found = crowd.out.wait(CONNECTED.pattern, timeout=timeout)
+    return int(found[1]), float(found[2] or 0), float(found[3] or 0)
+
+
+def alive(crowd, timeout):
+    """How many are alive, answered and sent pings, and the median and the largest of the answers' milliseconds."""
+    found = crowd.out.wait(ALIVE.pattern, timeout=timeout)
+    return int(found[1]), int(found[2]), int(found[3]), float(found[4] or 0), float(found[5] or 0)
+
+
+def rss_kb(proc):
+    text = pathlib.Path(f"/proc/{proc.process.pid}/status").read_text()
+    return int(re.search(r"^VmRSS:\s+(\d+)", text, re.M)[1])
+
+
+def counters(server):
+    """Ends a server that was started with -v and returns what it counted."""
+    server.stop()
+    text = server.err.text
+    found = {name: int(n) for n, name in re.findall(r"(\d+) ([a-z]+)", text[text.rindex("datagrams:"):])}
+    found["cookies"] = int(re.search(r"cookies sent: (\d+)", text)[1])
+    return found
+
+
+def connects_in(t, server):
+    began = time.monotonic()
+    t.ping(server)
+    return time.monotonic() - began
+
+
+# ---- floods ----------------------------------------------------------------------------------------------------------
+
+
+class Flood(threading.Thread):
+    """Sends datagrams to a server from many addresses, and counts what comes back."""
+
+    def __init__(self, server, make, count):
+        super().__init__(daemon=True)
+        self.target, self.make, self.count = split_addr(server.addr), make, count
+        self.sent = self.sent_bytes = self.received = self.received_bytes = self.largest = 0
+        self.sockets = []
+        for i in range(SOURCES):
+            sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            sock.bind((f"127.{i % 5 + 1}.{i // 5 + 1}.1", 0))
+            sock.setblocking(False)
+            self.sockets.append(sock)
+        self.start()
+
+    def run(self):
+        while self.sent < self.count:
+            for sock in self.sockets:
+                data = self.make(self.sent)
+                try:
+                    sock.sendto(data, self.target)
+                except OSError:
+                    continue
+                self.sent += 1
+                self.sent_bytes += len(data)
+            self.receive()
+        self.receive()
+
+    def receive(self):
+        for sock in self.sockets:
+            try:
+                while True:
+                    data = sock.recv(65535)
+                    self.received += 1
+                    self.received_bytes += len(data)
+                    self.largest = max(self.largest, len(data))
+            except OSError:
+                pass
+
+    def close(self):
+        self.join()
+        for sock in self.sockets:
+            sock.close()
+
+
+def while_flooded(t, server, make, count):
+    """A flood of that many datagrams, with real clients all along; returns it, their slowest and the server's growth."""
+    t.ping(server)
+    before = rss_kb(server)
+    flood = Flood(server, make, count)
+    slowest = 0.0
+    while flood.is_alive():
+        slowest = max(slowest, connects_in(t, server))
+    flood.close()
+    growth = rss_kb(server) - before
+    say(f"{t.name}: {flood.sent} sent, {flood.received} answers, {flood.received_bytes / flood.sent_bytes:.2f} bytes for "
+        f"each, server {growth:+} KB; meanwhile a real client was through within {slowest:.2f} s")
+    check(slowest < CONNECT_S, f"a real client took {slowest:.1f} s")
+    check(growth < GROWTH_KB, f"the server grew by {growth} KB")
+    return flood
+
+
+def client_hellos(t, server):
+    """A real client's ClientHello without a cookie and with one, which is good for that client's address alone."""
+    relay = t.relay(server)
+    client = t.client(relay)
+    client.connected()
+    first, second = [datagram.data for datagram in relay.handshake(to_server=True)][:2]
+    client.ends()
+    check(first[COOKIE_LENGTH_AT] == 0 and second[COOKIE_LENGTH_AT] > 0, "these are not the two ClientHellos")
+    return first, second
+
+
+def of_another(hello, number):
+    """The same ClientHello with another client's random."""
+    return hello[:27] + number.to_bytes(8, "big") + hello[35:]
+
+
+@test(alone=True)
+def flood_of_client_hellos(t):
+    server = fast_server(t, "-v")
+    hello, _ = client_hellos(t, server)
+    flood = while_flooded(t, server, lambda n: of_another(hello, n), HELLOS)
+    check(0 < flood.received <= flood.sent and flood.largest <= len(hello), "answers are more or larger than questions")
+    counted = counters(server)
+    check(counted["cookies"] >= flood.received, f"{counted['cookies']} cookies for {flood.received} answers")
+    equal(counted["failed"], 0, "handshakes that failed")
+
+
+@test(alone=True)
+def flood_with_a_stolen_cookie(t):
+    server = fast_server(t, "-v")
+    _, hello = client_hellos(t, server)
+    flood = while_flooded(t, server, lambda n: of_another(hello, n), HELLOS // 4)
+    check(flood.received > 0 and flood.largest < len(hello), "answers are larger than questions")
+    equal(counters(server)["failed"], 0, "handshakes that were begun with a cookie of another address")
+
+
+@test(alone=True)
+def flood_of_garbage(t):
+    chance = random.Random(1)
+    server = fast_server(t, "-v")
+    hello, second = client_hellos(t, server)
+
+    def garbage(number):
+        kind = number % 3
+        if kind == 0:
+            return chance.randbytes(chance.randrange(1, 1400))
+        if kind == 1:
+            return of_another(hello, number)[:chance.randrange(1, len(hello))]
+        return record(chance.randrange(18, 26), chance.randrange(3), chance.getrandbits(48), chance.randbytes(50))
+
+    flood = while_flooded(t, server, garbage, HELLOS // 4)
+    equal(flood.received, 0, "answers to garbage")
+    equal(counters(server)["failed"], 0, "handshakes begun with garbage")
+
+
+# ---- in the name of live peers ---------------------------------------------------------------------------------------
+
+
+@test(slow=True)
+def replays_on_a_live_connection(t):
+    server = t.server()
+    relay = t.relay(server)
+    client = t.client(relay)
+    client.connected()
+    for n in range(20):
+        client.ask(f"echo {n}", str(n))
+    recorded = list(relay.log)
+    for _ in range(3):
+        for datagram in recorded:
+            relay.forge(datagram.to_server, datagram.data)
+        client.ask("ping", "pong")
+    equal(client.out.text.count("pong"), 3, "answers to three pings")
+    equal([client.out.lines().count(str(n)) for n in range(20)], [1] * 20, "how often each echo came")
+    stats = rf"^127\S+ client, \d+ s, in {20 + 3 + 1} messages "
+    client.send("stats")
+    client.out.wait(stats)
+    equal(server.err.count("closed:"), 0, "connections closed")
+    client.ends()
+
+
+@test
+def garbage_in_a_live_peers_name(t):
+    chance = random.Random(2)
+    server = t.server()
+    relay = t.relay(server)
+    client = t.client(relay)
+    client.connected()
+    client.ask("ping", "pong")
+    real = [datagram for datagram in relay.log if datagram.data]
+    for n in range(3000):
+        datagram = chance.choice(real)
+        data = bytearray(datagram.data)
+        if n % 2:
+            del data[chance.randrange(len(data)):]
+        for _ in range(chance.randrange(1, 4) if data else 0):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        relay.forge(datagram.to_server, bytes(data))
+        if n % 100 == 0:
+            client.ask("ping", "pong")
+    client.ask("stats", "users: 1")
+    equal(server.err.count("closed:"), 0, "connections closed")
+    client.ends()
+
+
+@test(alone=True)
+def handshakes_and_connections_among_forgeries(t):
+    for seed in SEEDS:
+        server = fast_server(t, "--idle-timeout", "5")
+        network = proxy(t, server, seed=seed, up=30, down=30)
+        before = rss_kb(server)
+        clients = crowd(t, network, 60, 2)
+        in_, median, slowest = connected(clients)
+        check(in_ == 60, f"{in_} of 60 handshakes among 30 % forged datagrams, seed {seed}")
+        living, *_ = alive(clients, 20)
+        clients.exits(0 if living == 60 else 1)
+        equal(living, 60, f"connections alive after 2 s of 30 % forged, seed {seed}")
+        growth = rss_kb(server) - before
+        check(growth < 60 * 100 + GROWTH_KB, f"the server grew by {growth} KB, seed {seed}")
+
+        network = proxy(t, server, seed=seed, up=2, down=2)
+        clients = crowd(t, network, 20, 10)
+        connected(clients)
+        living, answered, sent, *_ = alive(clients, 30)
+        say(f"seed {seed}: {in_} of 60 handshakes among 30 % forged datagrams, median {median:.2f} s, slowest {slowest:.2f} "
+            f"s; {living} of 20 connections alive after 10 s of 2 %, {answered} of {sent} pings answered")
+        clients.exits(0 if living == 20 else 1)
+        equal(living, 20, f"connections alive after 10 s of 2 % forged, seed {seed}")
+        server.stop()
+
+
+# ---- peers that stop, do not read, or do not stop --------------------------------------------------------------------
+
+
+@test(slow=True)
+def peers_that_stop_in_each_state(t):
+    """Small datagrams make many states: after how many of them one side falls silent. All at once, one deadline long."""
+    server = t.server("--mtu", "256", "--idle-timeout", "5")
+    stopped = {}
+    for side in (True, False):
+        for passed in range(1, 12):
+            relay = t.relay(server)
+            relay.quota[side] = passed
+            stopped[side, passed] = relay, t.client(relay, "--mtu", "256")
+    for _ in range(3):
+        took = connects_in(t, server)
+        check(took < CONNECT_S, f"a client took {took:.1f} s to get in beside them")
+    for (side, passed), (relay, client) in stopped.items():
+        status = client.reap(DEADLINE_S + 20)
+        client.expected = status
+        check(status == 1 and re.search("timed out|failed|closed", client.err.text),
+              f"a client, {'its' if side else 'the server'} datagrams lost after {passed}: status {status}")
+    t.client(server, stdin=b"stats\n").exits(0).out.wait_line("users: 1")
+    ended = set(re.findall(r"^(\S+) (?:handshake failed|closed):", server.err.text, re.M))
+    unended = {relay.own_addr() for (side, _), (relay, _) in stopped.items() if not side} - ended
+    check(not unended, f"handshakes without an end in the log: {unended}")
+    failed = server.err.count("handshake failed: timed out after 30")
+    say(f"peers that stop: {len(stopped)} in one state each, {failed} handshakes ended by the server's deadline")
+    check(failed > 5, "the server's deadline was hardly needed: the test proves nothing")
+
+
+@test(alone=True)
+def broadcasts_to_peers_that_do_not_read(t):
+    server = fast_server(t)
+    sleepers = [t.client(server) for _ in range(10)]
+    for client in sleepers:
+        client.connected()
+        client.send_signal(signal.SIGSTOP)
+    reader, writer = t.client(server), t.client(server)
+    for client in (reader, writer):
+        client.ask("ping", "pong")
+    before, slowest = rss_kb(server), 0.0
+    for n in range(40 if ALL else 15):
+        text = f"{n} " + "x" * (MESSAGE_MAX - 10)
+        writer.send(f"bc {text}")
+        writer.out.wait_line(text)
+        began = time.monotonic()
+        reader.ask(f"echo {n}", str(n))
+        slowest = max(slowest, time.monotonic() - began)
+    growth = rss_kb(server) - before
+    say(f"broadcasts of 16 KB beside 10 clients that do not read: server {growth:+} KB, an echo within {slowest:.2f} s")
+    check(slowest < 1, f"an echo took {slowest:.1f} s")
+    check(growth < 1024 + GROWTH_KB, f"the server grew by {growth} KB")
+    for client in sleepers:
+        client.send_signal(signal.SIGCONT)
+        client.ask("echo awake", "awake")
+
+
+@test(alone=True)
+def flood_of_valid_messages(t):
+    """The kernel's socket buffer is everybody's: what does not fit is lost, whoever sent it. Nobody waits, though."""
+    server = fast_server(t)
+    quiet = crowd(t, server, 5, 3)
+    _, answered_quiet, sent_quiet, median_quiet, _ = alive(quiet, 20)
+    flooder = crowd(t, server, 1, 8, "flood")
+    connected(flooder)
+    beside = crowd(t, server, 5, 3)
+    living, answered, sent, median, slowest = alive(beside, 20)
+    say(f"a client floods: beside it {answered} of {sent} pings answered, median {median:.2f} ms against {median_quiet:.2f} "
+        f"ms in quiet ({answered_quiet} of {sent_quiet}), slowest {slowest:.0f} ms")
+    check(sent > 0 and answered >= 0.3 * sent, f"{answered} of {sent} pings answered beside a flood")
+    check(slowest < 1000, f"an answer took {slowest:.0f} ms beside a flood")
+    equal(living, 5, "clients alive beside a flood")
+    for one in (quiet, beside, flooder):
+        one.exits(0)
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+
+
+def crowd_through(t, loss, seed):
+    server = fast_server(t, "--idle-timeout", "3")
+    network = proxy(t, server, seed=seed, loss=loss, twice=10, late=20, corrupt=2)
+    clients = crowd(t, network, 60)
+    in_, median, slowest = connected(clients)
+    say(f"loss {loss} % each way, seed {seed}: {in_} of 60 handshakes, median {median:.2f} s, slowest {slowest:.2f} s")
+    clients.exits(0 if in_ == 60 else 1)
+    network.stop()
+
+    def left():
+        return int(re.search(r"users: (\d+)", t.client(server, stdin=b"stats\n").exits(0).out.text)[1])
+
+    wait_until(lambda: left() == 1, "end of the clients that are gone", timeout=10)
+    server.stop()
+    return in_, median
+
+
+@test(alone=True)
+def loss_of_10_percent(t):
+    in_, _ = crowd_through(t, 10, 1)
+    equal(in_, 60, "handshakes within 30 s")
+
+
+@test(alone=True)
+def loss_of_30_percent(t):
+    for seed in SEEDS:
+        in_, median = crowd_through(t, 30, seed)
+        equal(in_, 60, f"handshakes within 30 s, seed {seed}")
+        check(median < 1.5, f"the median handshake took {median:.2f} s, seed {seed}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
