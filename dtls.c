@@ -1241,12 +1241,12 @@ static int backlog_add(struct udp *u, const void *data, size_t len, const dtls_a
     if (len > room || u->backlog_bytes > room - len)
         return DTLS_ERR_AGAIN;
     struct backlog *b = malloc(sizeof *b + len);
-    if (!b)
+    if (!b || (!u->first && dtls_watch_set(u->watch, DTLS_READ | DTLS_WRITE) < 0)) { /* nobody would tell us to go on */
+        free(b);
         return DTLS_ERR_AGAIN;
+    }
     *b = (struct backlog){.from = *from, .to = *to, .len = len};
     memcpy(b->data, data, len);
-    if (!u->first)
-        dtls_watch_set(u->watch, DTLS_READ | DTLS_WRITE);
     *u->last = b;
     u->last = &b->next;
     u->backlog_bytes += len;
@@ -1476,7 +1476,7 @@ enum {
     COOKIE_SECRET = 32,
     HINT_GRACE_MS = 3000, /* silence that makes an unauthenticated refusal credible */
     HINT_RETRY_MS = 1000, /* the same before a client tries once more, and to believe it then */
-    STALL_MS = 6000,      /* a client's handshake stands still for so long: it begins anew; half of it more each time */
+    STALL_MS = 4000,      /* a client's handshake stands still for so long: it begins anew; half of it more each time */
     STALL_HELLO_MS = 2000, /* the same while the server has only its cookie to lose */
     FAULTS_MAX = 5,        /* failures after which a client begins anew */
     FAULTS_REFUSED = 2,    /* the same for the peer's alerts */
@@ -3182,6 +3182,13 @@ static int ctx_check(SSL_CTX *ctx, dtls_error *err)
     }
     if (!SSL_CTX_get0_certificate(ctx) || SSL_CTX_check_private_key(ctx) != 1)
         return fail(err, DTLS_ERR_CERT, "a certificate and its private key are needed");
+    /* OpenSSL takes a CA whose key or extensions it could not read, be it for want of memory, and refuses every peer. */
+    STACK_OF(X509_OBJECT) *trusted = X509_STORE_get0_objects(SSL_CTX_get_cert_store(ctx));
+    for (int i = 0; i < sk_X509_OBJECT_num(trusted); i++) {
+        X509 *ca = X509_OBJECT_get0_X509(sk_X509_OBJECT_value(trusted, i));
+        if (ca && (!X509_get0_pubkey(ca) || X509_check_purpose(ca, -1, 0) != 1))
+            return fail(err, DTLS_ERR_CERT, "a CA certificate has a key or extensions that OpenSSL cannot read");
+    }
     return 0;
 }
 

@@ -209,7 +209,7 @@ typedef struct dtls_config {
 
     /* Sizes and limits. */
     int mtu_bytes;           /* 1,500: the link's MTU with IP and UDP headers, 256 to 65,535; sizes handshake flights */
-    int max_conns;           /* 4,096, those in handshake included */
+    int max_conns;           /* 4,096, those in handshake included; a peer that restarts has two for that long */
     int max_handshakes;      /* 512 accepted handshakes in progress; one more ends the oldest */
     int datagrams_per_turn;  /* 64 read from one socket before the others get their turn */
     int send_queue_bytes;    /* 1,048,576 waiting per socket when the system will not take more */

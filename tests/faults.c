@@ -2,14 +2,14 @@
  * runs is a process, forked from one that is warm; where one goes wrong its runs are repeated, each in a process of its
  * own. So a crash or a hang is reported with its n, and the next run goes on.
  *
- *   faults CERTS_DIR quick|all                        quick: evenly spread samples; all: every n, and OpenSSL's first use
- *   faults CERTS_DIR SCENARIO KIND N [ERRNO]          one run
+ *   faults CERTS_DIR quick|all                  quick: evenly spread samples; all: every n, and OpenSSL's first use
+ *   faults CERTS_DIR SCENARIO KIND N [ERRNO]    one run
  *
- * Whatever says that it could not be done is asked again and must succeed then; a message that a fault lost is sent again.
- * So each run comes to its end, however early its fault: no crash, no hang, no connection that stays half open, no wrong
- * message, errors with a code and a text, and in the end every allocation and descriptor given back. Time is virtual, so
- * that deadlines cost nothing and a run repeats itself, while datagrams go through real sockets (in "memory" they do not,
- * and many are lost).
+ * Whatever says that it could not be done is asked again and must succeed then; a message that a fault lost is sent
+ * again. So each run comes to its end, however early its fault: no crash, no hang, no connection that stays half open,
+ * no wrong message, errors with a code and a text, and in the end every allocation and descriptor given back. Time is
+ * virtual, so that deadlines cost nothing and a run repeats itself, while datagrams go through real sockets (in
+ * "memory" and "crowd" they do not, and many are lost).
  *
  * The linker puts these in front of the system's, for dtls.c and this file alone; OpenSSL has hooks of its own:
  * wrap: malloc calloc realloc free fopen socket bind connect getsockname setsockopt fcntl recvmmsg sendmmsg close
@@ -169,6 +169,7 @@ static void broken(const char *format, ...)
     va_start(args, format);
     vsnprintf(outcome->reason, sizeof outcome->reason, format, args);
     va_end(args);
+    fprintf(stderr, "faults: %s\n", outcome->reason);
     exit(1);
 }
 
@@ -589,7 +590,7 @@ static dtls_endpoint *endpoint_try(const char *name, dtls_config cfg)
     snprintf(ca_file, sizeof ca_file, "%s/ca.pem", certs);
     cfg.on_log = on_log;
     cfg.idle_ms = IDLE_MS;
-    cfg.idle_timeout_ms = GONE_MS;
+    cfg.idle_timeout_ms = cfg.send ? SETTLE_MS : GONE_MS; /* a lossy link is silent for long */
     cfg.cookie_ms = COOKIE_MS;
     if (!cfg.on_ssl_ctx) {
         cfg.cert_file = cert;

@@ -27,7 +27,7 @@ enum {
     SMALL_MTU = 256, /* what dtls.h allows at least: fragments */
     IP_UDP_HEADERS = 28,
     DATAGRAM_BYTES = 20000, /* above what an endpoint takes */
-    AIR_MAX = 32,
+    AIR_MAX = 64,           /* a datagram of many messages gets as many echoes */
     RECORDINGS = 2,
     PIECES_MAX = 32,
     PIECES_AFTER = 3, /* behind the handshake: two messages and the close_notify */
