@@ -944,10 +944,12 @@ int dtls_loop_signal(dtls_loop *l, int signo, void (*fn)(void *user, int signo),
     for (struct signal_watch *s = l->signals; s < l->signals + SIGNALS_MAX; s++)
         if (s->signo == signo || (!s->signo && !slot))
             slot = s;
+    if (signo < 1)
+        return DTLS_ERR_ARG;
+    if (!fn && (!slot || !slot->signo))
+        return 0;
     if (!slot)
         return DTLS_ERR_LIMIT;
-    if (!fn && !slot->signo)
-        return 0;
     if (!fn) {
         int r = backend_signal(slot, false);
         *slot = (struct signal_watch){0};
@@ -2221,9 +2223,11 @@ static void conn_read_name(dtls_conn *c, X509 *cert)
     int at = X509_NAME_get_index_by_NID(subject, NID_commonName, -1);
     unsigned char *utf8 = NULL;
     int n = at < 0 ? -1 : ASN1_STRING_to_UTF8(&utf8, X509_NAME_ENTRY_get_data(X509_NAME_get_entry(subject, at)));
-    for (int i = 0; i < n && i < NAME_MAX_BYTES; i++) /* a name may hold anything: keep logs one line each */
-        c->peer_name[i] =
-            (char)(utf8[i] < 0x20 || utf8[i] == 0x7f || (utf8[i] == 0xc2 && utf8[i + 1] < 0xa0) ? '?' : utf8[i]);
+    for (int i = 0; i < n && i < NAME_MAX_BYTES; i++) { /* a name may hold anything: keep logs one line each */
+        bool c1 = i > 0 && utf8[i - 1] == 0xc2 && utf8[i] < 0xa0; /* U+0080 to U+009F: terminals obey some */
+        bool control = utf8[i] < 0x20 || utf8[i] == 0x7f || c1 || (utf8[i] == 0xc2 && utf8[i + 1] < 0xa0);
+        c->peer_name[i] = (char)(control ? '?' : utf8[i]);
+    }
     OPENSSL_free(utf8);
 }
 

@@ -50,13 +50,15 @@ def programs(certs):
                        command or [str(BUILD / name / "program"), certs])
 
     yield make("unit", "tests/unit.c", libs=LIBEDIT)._replace(sources=["tests/unit.c"])
+    yield make("edges", "tests/edges.c")
     yield make("memory", "tests/memory.c")
     yield make("loops", "tests/loops.c")
     yield make("simulate", "tests/simulate.c", command=[str(BUILD / "simulate/program"), "150"])
     yield make("faults", "tests/faults.c", flags=wraps(), command=[str(BUILD / "faults/program"), certs, "quick"])
     for target in ("server", "client", "addr"):
+        inputs = sorted(str(path) for path in (ROOT / "tests/corpus" / target).iterdir())
         yield make(f"fuzz-{target}", f"tests/fuzz_{target}.c", "tests/fuzz_replay.c",
-                   command=[str(BUILD / f"fuzz-{target}/program"), *map(str, sorted((ROOT / "tests/corpus" / target).iterdir()))])
+                   command=[str(BUILD / f"fuzz-{target}/program"), *inputs])
     yield make("e2e", flags=["-DDTLS_MAIN"], libs=LIBEDIT, command=[sys.executable, "tests/e2e.py"])
 
 
@@ -66,7 +68,7 @@ def build(program):
     objects = []
     for source in program.sources:
         objects.append(str(folder / (pathlib.Path(source).stem + ".o")))
-        subprocess.run(["gcc", "-O0", "-g", "--coverage", "-fprofile-update=atomic", "-D_GNU_SOURCE", *program.flags, "-I.",
+        subprocess.run(["gcc", "-O0", "-g", "--coverage", "-fprofile-update=atomic", *program.flags, "-I.",
                         "-c", "-o", objects[-1], source], cwd=ROOT, check=True)
     subprocess.run(["gcc", "--coverage", *program.flags, "-o", folder / "program", *objects, *program.libs], cwd=ROOT,
                    check=True)

@@ -45,7 +45,7 @@ enum {
     REPORTS_MAX = 16,   /* errors that one fault may cause: a dead connection loses a message at each try */
     ERRNOS_MAX = 10,    /* for each call */
     BLOCK = 32,         /* runs in one process */
-    QUICK_RUNS = 20,    /* in quick mode about so many of each scenario, kind and errno, */
+    QUICK_RUNS = 8,     /* in quick mode about so many of each scenario, kind and errno, */
     QUICK_OPENSSL = 60, /* and of OpenSSL's allocations */
     ANSWER_MS = 1000,   /* virtual, as all from here on: for an echo, */
     SETTLE_MS = 45000,  /* for a handshake to succeed or fail: its deadline is 30 s, */

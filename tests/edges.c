@@ -1,0 +1,876 @@
+/* What dtls.h says of errors, limits and misuse, tried call by call, and what OpenSSL's escape hatches may do to us.
+ *
+ *   edges CERTS_DIR
+ *
+ * Time is virtual; datagrams go through memory where no socket is what is tried. */
+#include "virtual.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <netinet/in.h>
+#include <openssl/pem.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum {
+    WIRE_MAX = 256,
+    DATAGRAM_BYTES = 17000,
+    TURN_MS = 10,
+    PATIENCE_TURNS = 6000,
+    POSTS_MAX = 65536,
+    SIGNALS_MAX = 16
+};
+
+static int failed;
+static dtls_loop *loop;
+static const char *certs;
+
+static void check(int good, const char *what)
+{
+    printf("%s - edges %s\n", good ? "ok" : "not ok", what);
+    failed |= !good;
+}
+
+/* ---- two endpoints in memory ---- */
+
+struct side {
+    dtls_endpoint *ep;
+    dtls_conn *conn;
+    int connected, closed, messages, resumed;
+    dtls_reason reason;
+    char peer_name[80], reason_text[200];
+    void (*inside)(struct side *s, dtls_conn *conn, dtls_event event);
+    const char *end_at_log; /* a line with this text in it ends... */
+    int end_endpoint;       /* the endpoint, or else its first connection */
+    const struct identity *id;
+    const char *ciphers;
+};
+
+static struct datagram {
+    dtls_addr from, to;
+    size_t len;
+    unsigned char data[DATAGRAM_BYTES];
+} wire[WIRE_MAX];
+
+static size_t wire_len;
+static int wire_lost, send_refuses;
+static struct side server, client;
+static dtls_addr server_addr, client_addr;
+static void (*inside_send)(struct side *s);
+
+static int on_send(void *user, const void *data, size_t len, const dtls_addr *from, const dtls_addr *to)
+{
+    struct side *s = user;
+    if (inside_send)
+        inside_send(s);
+    if (send_refuses || wire_len == WIRE_MAX || len > DATAGRAM_BYTES)
+        return -1;
+    if (wire_lost)
+        return 0;
+    wire[wire_len] = (struct datagram){.from = *from, .to = *to, .len = len};
+    memcpy(wire[wire_len++].data, data, len);
+    return 0;
+}
+
+static void on_event(dtls_conn *conn, dtls_event event, const void *data, size_t len)
+{
+    struct side *s = dtls_endpoint_user(dtls_conn_endpoint(conn));
+    dtls_info info;
+    (void)data, (void)len;
+    dtls_conn_info(conn, &info);
+    if (event == DTLS_EV_CONNECTED) {
+        s->conn = conn;
+        s->connected++;
+        s->resumed = info.resumed;
+        snprintf(s->peer_name, sizeof s->peer_name, "%s", info.peer_name);
+    } else if (event == DTLS_EV_MESSAGE) {
+        s->messages++;
+    } else if (event == DTLS_EV_CLOSED) {
+        s->closed++;
+        s->reason = dtls_conn_reason(conn);
+        snprintf(s->reason_text, sizeof s->reason_text, "%s", dtls_conn_reason_text(conn));
+        s->conn = s->conn == conn ? NULL : s->conn;
+    }
+    if (s->inside)
+        s->inside(s, conn, event);
+}
+
+static void on_log(void *user, dtls_log level, const char *line)
+{
+    struct side *s = user;
+    (void)level;
+    if (!s->end_at_log || !strstr(line, s->end_at_log))
+        return;
+    s->end_at_log = NULL;
+    if (s->end_endpoint) {
+        dtls_endpoint_free(s->ep);
+        s->ep = NULL;
+    } else {
+        dtls_conn_close(client.conn);
+    }
+}
+
+static int with_identity(void *user, SSL_CTX *ctx)
+{
+    const struct side *s = user;
+    return on_ssl_ctx((void *)(uintptr_t)s->id, ctx) || (s->ciphers && SSL_CTX_set_cipher_list(ctx, s->ciphers) != 1);
+}
+
+static void side_open(struct side *s, struct identity *id, dtls_config cfg)
+{
+    dtls_error err;
+    s->id = s->id ? s->id : id;
+    cfg.send = on_send;
+    cfg.on_event = on_event;
+    cfg.on_log = on_log;
+    cfg.on_ssl_ctx = with_identity;
+    cfg.user = s;
+    s->ep = dtls_endpoint_new(loop, &cfg, &err);
+    if (!s->ep) {
+        printf("not ok - edges endpoint: %s\n", err.text);
+        exit(1);
+    }
+}
+
+/* What a test wants to be different it sets in server and client before. */
+static void start(dtls_config server_cfg, dtls_config client_cfg)
+{
+    loop = dtls_loop_new(&(dtls_loop_config){.now_us = virtual_now});
+    side_open(&server, &server_id, server_cfg);
+    side_open(&client, &client_id, client_cfg);
+    dtls_endpoint_listen(server.ep, NULL, NULL);
+}
+
+static void stop(void)
+{
+    inside_send = NULL;
+    send_refuses = wire_lost = 0;
+    dtls_loop_free(loop);
+    wire_len = 0;
+    memset(&server, 0, sizeof server);
+    memset(&client, 0, sizeof client);
+}
+
+static dtls_conn *connect_client(SSL_SESSION *session, dtls_error *err)
+{
+    dtls_target t = {.peer = server_addr, .local = client_addr, .name = "localhost", .session = session};
+    client.conn = dtls_endpoint_connect(client.ep, &t, err);
+    return client.conn;
+}
+
+/* What was under way arrives, and time goes on. */
+static void turn(void)
+{
+    for (size_t n = wire_len; n > 0; n--) {
+        struct datagram d = wire[0];
+        memmove(wire, wire + 1, --wire_len * sizeof *wire);
+        dtls_endpoint *ep = d.to.port == server_addr.port ? server.ep : client.ep;
+        if (ep)
+            dtls_endpoint_input(ep, d.data, d.len, &d.from, &d.to);
+    }
+    now_us += TURN_MS * 1000;
+    dtls_loop_poll(loop, 0);
+}
+
+static int wait_for(const int *count, int value)
+{
+    for (int i = 0; i < PATIENCE_TURNS && *count < value; i++)
+        turn();
+    return *count >= value;
+}
+
+/* One more client that shows its cookie to the server and hears no more. */
+static void half_open(void)
+{
+    client_addr.port++;
+    connect_client(NULL, NULL);
+    turn();
+    turn();
+    wire_lost = 1;
+    turn();
+    wire_lost = 0;
+}
+
+static int connected(void)
+{
+    connect_client(NULL, NULL);
+    return wait_for(&client.connected, 1) && wait_for(&server.connected, 1);
+}
+
+/* ---- texts, frees, the loop ---- */
+
+static void test_texts(void)
+{
+    int good = 1;
+    for (int code = 0; code >= DTLS_ERR_LIMIT; code--)
+        good &= dtls_strerror(code)[0] != 0 && strcmp(dtls_strerror(code), "unknown error") != 0;
+    check(good && strcmp(dtls_strerror(1), "unknown error") == 0 &&
+              strcmp(dtls_strerror(DTLS_ERR_LIMIT - 1), "unknown error") == 0,
+          "each error has a text, others have none");
+    good = 1;
+    for (int i = 0; i < DTLS_DROP_COUNT; i++)
+        good &= strcmp(dtls_drop_name((dtls_drop)i), "unknown") != 0;
+    check(good && strcmp(dtls_drop_name(DTLS_DROP_COUNT), "unknown") == 0, "each reason to drop has a name");
+    check(strcmp(dtls_version(), DTLS_C_VERSION) == 0, "version of header and code");
+}
+
+static void nothing(void *user)
+{
+    (void)user;
+}
+
+static int state_errors;
+
+static void misuse(void *user)
+{
+    state_errors = (dtls_loop_poll(user, 0) == DTLS_ERR_STATE) + (dtls_loop_run(user) == DTLS_ERR_STATE);
+    dtls_loop_stop(user);
+}
+
+static void test_loop(void)
+{
+    loop = dtls_loop_new(&(dtls_loop_config){.now_us = virtual_now});
+    dtls_timer_free(NULL);
+    dtls_watch_free(NULL);
+    dtls_endpoint_free(NULL);
+    dtls_loop_free(NULL);
+    dtls_loop *plain = dtls_loop_new(&(dtls_loop_config){0});
+    check(plain && dtls_loop_now(plain) > 0, "a zeroed loop configuration is the default");
+    dtls_loop_free(plain);
+    dtls_timer *t = dtls_timer_new(loop, misuse, loop);
+    dtls_timer_set(t, (int64_t)INT_MAX * 3);
+    check(dtls_loop_timeout(loop) == INT_MAX, "a timer beyond all int milliseconds");
+    dtls_timer_set(t, -1);
+    check(dtls_loop_timeout(loop) == -1, "a negative delay stops a timer");
+    dtls_timer_set(t, 0);
+    check(dtls_loop_run(loop) == 0 && state_errors == 2, "no turn inside a turn");
+    int posted = 0;
+    while (posted < POSTS_MAX && dtls_loop_post(loop, nothing, NULL) == 0)
+        posted++;
+    check(posted == POSTS_MAX && dtls_loop_post(loop, nothing, NULL) == DTLS_ERR_AGAIN, "65,536 posts wait, not more");
+    dtls_loop_poll(loop, 0);
+    check(dtls_loop_post(loop, nothing, NULL) == 0, "and there is room again after a turn");
+    dtls_loop_free(loop);
+}
+
+static dtls_watch *watches[2];
+static int fired;
+
+static void free_both(void *user, int fd, unsigned events)
+{
+    (void)user, (void)fd, (void)events;
+    fired++;
+    dtls_watch_free(watches[0]);
+    dtls_watch_free(watches[1]);
+    dtls_watch_free(watches[1]);
+}
+
+static void test_watches(void)
+{
+    int ends[2][2];
+    loop = dtls_loop_new(NULL);
+    for (int i = 0; i < 2; i++) {
+        if (pipe(ends[i]) != 0 || write(ends[i][1], "x", 1) != 1)
+            exit(1);
+        watches[i] = dtls_watch_new(loop, ends[i][0], DTLS_READ, free_both, NULL);
+    }
+    dtls_loop_poll(loop, 1000);
+    dtls_loop_poll(loop, 0);
+    check(fired == 1, "a watch freed in another one's callback is silent at once");
+    check(!dtls_watch_new(loop, -1, DTLS_READ, free_both, NULL), "no watch on a closed descriptor");
+    dtls_loop_free(loop);
+    for (int i = 0; i < 4; i++)
+        close(ends[i / 2][i % 2]);
+}
+
+static int signals[2];
+
+static void count_signal(void *user, int signo)
+{
+    (void)signo;
+    ++*(int *)user;
+}
+
+static void test_signals(void)
+{
+    static const int some[SIGNALS_MAX + 1] = {SIGHUP,  SIGINT,  SIGQUIT,  SIGUSR1, SIGUSR2, SIGPIPE,
+                                              SIGALRM, SIGTERM, SIGCHLD,  SIGCONT, SIGTSTP, SIGTTIN,
+                                              SIGTTOU, SIGURG,  SIGWINCH, SIGIO,   SIGXCPU};
+    sigset_t set, now;
+    int taken = 0;
+    sigemptyset(&set);
+    sigaddset(&set, SIGUSR2);
+    sigprocmask(SIG_BLOCK, &set, NULL);
+    loop = dtls_loop_new(NULL);
+    while (taken <= SIGNALS_MAX && dtls_loop_signal(loop, some[taken], count_signal, &signals[0]) == 0)
+        taken++;
+    check(taken == SIGNALS_MAX && dtls_loop_signal(loop, SIGXCPU, count_signal, NULL) == DTLS_ERR_LIMIT,
+          "16 signals, not more");
+    check(dtls_loop_signal(loop, SIGXCPU, NULL, NULL) == 0, "a signal that is not watched may be let go");
+    dtls_loop_signal(loop, SIGUSR1, count_signal, &signals[1]);
+    raise(SIGUSR1);
+    dtls_loop_poll(loop, 1000);
+    check(signals[0] == 0 && signals[1] == 1, "a second function takes the first one's place");
+    dtls_loop_free(loop);
+    sigprocmask(SIG_BLOCK, NULL, &now);
+    check(sigismember(&now, SIGUSR2) == 1 && sigismember(&now, SIGUSR1) == 0, "signals are blocked as before");
+    sigprocmask(SIG_UNBLOCK, &set, NULL);
+    loop = dtls_loop_new(NULL);
+    check(dtls_loop_signal(loop, 0, count_signal, NULL) == DTLS_ERR_ARG, "signal 0 is none");
+    dtls_loop_free(loop);
+}
+
+/* ---- configuration and files ---- */
+
+static int refused(dtls_config cfg, int code, const char *words)
+{
+    dtls_error err = {0};
+    dtls_endpoint *ep = dtls_endpoint_new(loop, &cfg, &err);
+    int good = !ep && err.code == code && strstr(err.text, words) && !strchr(err.text, '\n');
+    if (!good)
+        printf("# edges: wanted \"%s\", got %d \"%s\"\n", words, ep ? 0 : err.code, ep ? "an endpoint" : err.text);
+    dtls_endpoint_free(ep);
+    return good;
+}
+
+static void test_ranges(void)
+{
+    static const dtls_config bad[] = {
+        {.mtu_bytes = 255},         {.mtu_bytes = 65536},     {.retransmit_max_ms = 600001},
+        {.retransmit_ms = -1},      {.retransmit_ms = 7000},  {.handshake_timeout_ms = -1},
+        {.idle_repeat_ms = -1},     {.idle_timeout_ms = -2},  {.idle_ms = -2},
+        {.cookie_ms = -1},          {.max_conns = -1},        {.max_handshakes = -1},
+        {.datagrams_per_turn = -1}, {.send_queue_bytes = -1}, {.socket_buffer_bytes = -1},
+        {.session_cache = -2},
+    };
+    int good = 1;
+    loop = dtls_loop_new(NULL);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        good &= refused(bad[i], DTLS_ERR_ARG, bad[i].mtu_bytes ? "MTU" : "");
+    check(good, "each value out of range is refused");
+    dtls_loop_free(loop);
+}
+
+static char folder[] = "/tmp/dtls-edges-XXXXXX";
+
+static const char *file(const char *name)
+{
+    static char path[64][128];
+    static int next;
+    char *p = path[next++ % 64];
+    snprintf(p, sizeof path[0], "%s/%s", folder, name);
+    return p;
+}
+
+static void write_cert(const char *name, const struct identity *id)
+{
+    FILE *f = fopen(file(name), "w");
+    if (f && PEM_write_X509(f, id->cert) == 1)
+        fclose(f);
+}
+
+static void write_key(const char *name, const struct identity *id, const char *password)
+{
+    FILE *f = fopen(file(name), "w");
+    if (f && PEM_write_PrivateKey(f, id->key, password ? EVP_aes_128_cbc() : NULL, NULL, 0, NULL,
+                                  (void *)(uintptr_t)password) == 1)
+        fclose(f);
+}
+
+static void write_text(const char *name, const char *text)
+{
+    FILE *f = fopen(file(name), "w");
+    if (f && fputs(text, f) >= 0)
+        fclose(f);
+}
+
+static void make_files(void)
+{
+    struct identity expired = issue(10, "expired", "serverAuth"), early = issue(11, "early", "serverAuth");
+    if (!mkdtemp(folder) || mkdir(file("folder"), 0700) != 0)
+        exit(1);
+    ASN1_TIME_set_string(X509_getm_notAfter(expired.cert), "20210101000000Z");
+    ASN1_TIME_set_string(X509_getm_notBefore(early.cert), "20900101000000Z");
+    X509_sign(expired.cert, ca.key, EVP_sha256());
+    X509_sign(early.cert, ca.key, EVP_sha256());
+    write_cert("ca", &ca);
+    write_cert("cert", &server_id);
+    write_key("key", &server_id, NULL);
+    write_key("other-key", &client_id, NULL);
+    write_key("locked-key", &server_id, "secret");
+    write_cert("expired", &expired);
+    write_key("expired-key", &expired, NULL);
+    write_cert("early", &early);
+    write_text("empty", "");
+    write_text("text", "no PEM\n");
+    identity_free(&expired);
+    identity_free(&early);
+}
+
+static void remove_files(void)
+{
+    static const char *const names[] = {"ca",      "cert",        "key",   "other-key", "locked-key",
+                                        "expired", "expired-key", "early", "empty",     "text"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        unlink(file(names[i]));
+    rmdir(file("folder"));
+    rmdir(folder);
+}
+
+static int give_up(void *user, SSL_CTX *ctx)
+{
+    (void)user, (void)ctx;
+    return 1;
+}
+
+static int with_cbc(void *user, SSL_CTX *ctx)
+{
+    (void)user;
+    return SSL_CTX_set_cipher_list(ctx, "ECDHE-ECDSA-AES128-SHA") != 1;
+}
+
+static int with_cert(void *user, SSL_CTX *ctx)
+{
+    (void)user;
+    return SSL_CTX_use_certificate(ctx, server_id.cert) != 1;
+}
+
+static void test_files(void)
+{
+    const dtls_config good = {.cert_file = file("cert"), .key_file = file("key"), .ca_file = file("ca")};
+    const struct {
+        const char *cert, *key, *ca, *words;
+    } bad[] = {{"none", "key", "ca", "No such file"},          {"empty", "key", "ca", "empty"},
+               {"folder", "key", "ca", "directory"},           {"text", "key", "ca", "no certificate in PEM"},
+               {"expired", "expired-key", "ca", "expired on"}, {"early", "key", "ca", "not valid before"},
+               {"cert", "none", "ca", "No such file"},         {"cert", "empty", "ca", "empty"},
+               {"cert", "text", "ca", "no private key"},       {"cert", "locked-key", "ca", "password"},
+               {"cert", "other-key", "ca", "does not match"},  {"cert", "key", "none", "No such file"},
+               {"cert", "key", "text", "no CA certificate"},   {"cert", "key", "folder", "directory"}};
+    char what[96];
+    loop = dtls_loop_new(NULL);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        dtls_config cfg = {.cert_file = file(bad[i].cert), .key_file = file(bad[i].key), .ca_file = file(bad[i].ca)};
+        snprintf(what, sizeof what, "files %s, %s, %s: %s", bad[i].cert, bad[i].key, bad[i].ca, bad[i].words);
+        check(refused(cfg, DTLS_ERR_CERT, bad[i].words), what);
+    }
+    dtls_config cfg = good;
+    cfg.on_ssl_ctx = give_up;
+    check(refused(cfg, DTLS_ERR_TLS, "on_ssl_ctx gave up"), "a hook that gives up");
+    cfg.on_ssl_ctx = with_cbc;
+    check(refused(cfg, DTLS_ERR_ARG, "AEAD"), "a hook that wants CBC");
+    check(refused((dtls_config){.ca_file = good.ca_file}, DTLS_ERR_CERT, "needed"), "no certificate at all");
+    check(refused((dtls_config){.cert_file = good.cert_file}, DTLS_ERR_CERT, "needed"), "a certificate and no key");
+    check(refused((dtls_config){.on_ssl_ctx = with_cert}, DTLS_ERR_CERT, "needed"), "the same by a hook");
+    check(refused((dtls_config){.key_file = good.key_file}, DTLS_ERR_CERT, "needed"), "a key and no certificate");
+    dtls_loop_free(loop);
+}
+
+/* ---- listening and connecting ---- */
+
+static dtls_endpoint *socket_endpoint(const char *name, dtls_config cfg)
+{
+    char cert[512], key[512], ca_file[512];
+    dtls_error err;
+    snprintf(cert, sizeof cert, "%s/%s.pem", certs, name);
+    snprintf(key, sizeof key, "%s/%s.key", certs, name);
+    snprintf(ca_file, sizeof ca_file, "%s/ca.pem", certs);
+    cfg.cert_file = cert;
+    cfg.key_file = key;
+    cfg.ca_file = ca_file;
+    dtls_endpoint *ep = dtls_endpoint_new(loop, &cfg, &err);
+    if (!ep) {
+        printf("not ok - edges endpoint: %s\n", err.text);
+        exit(1);
+    }
+    return ep;
+}
+
+static dtls_addr address(const char *text)
+{
+    dtls_addr a;
+    dtls_addr_parse(&a, text, NULL);
+    return a;
+}
+
+static void test_listening(void)
+{
+    dtls_error err = {0};
+    loop = dtls_loop_new(NULL);
+    dtls_endpoint *ep = socket_endpoint("server", (dtls_config){0}),
+                  *other = socket_endpoint("server", (dtls_config){0});
+    dtls_endpoint *not_a_server = socket_endpoint("client", (dtls_config){0});
+    dtls_addr none = {0}, a = address("127.0.0.1:0"), again, everywhere = address("[::]:0");
+    check(dtls_endpoint_listen(ep, NULL, &err) == DTLS_ERR_ARG && dtls_endpoint_listen(ep, &none, &err) == DTLS_ERR_ARG,
+          "listening on no address");
+    check(dtls_endpoint_listen(not_a_server, &a, &err) == DTLS_ERR_CERT && strstr(err.text, "server"),
+          "listening with a client's certificate");
+    dtls_target t = {.peer = address("127.0.0.1:9")};
+    check(!dtls_endpoint_connect(ep, &t, &err) && err.code == DTLS_ERR_CERT && strstr(err.text, "client"),
+          "connecting with a server's certificate");
+    check(dtls_endpoint_listen(ep, &a, &err) == 0 && a.port != 0, "port 0 becomes a port");
+    again = a;
+    check(dtls_endpoint_listen(ep, &again, &err) == 1, "the same address again is covered");
+    check(dtls_endpoint_listen(other, &again, &err) == DTLS_ERR_SYSTEM && strstr(err.text, strerror(EADDRINUSE)),
+          "an address in use");
+    dtls_addr six = {.family = 6, .port = a.port};
+    check(dtls_endpoint_listen(other, &six, &err) == DTLS_ERR_SYSTEM, "[::]:p where 127.0.0.1:p is another's");
+    check(dtls_endpoint_listen(other, &everywhere, &err) == 0 && everywhere.port != 0, "[::]:0 finds a port for both");
+    dtls_addr four = {.family = 4, .port = everywhere.port, .ip = {127, 0, 0, 1}};
+    check(dtls_endpoint_listen(other, &four, &err) == 1, "and covers IPv4");
+    dtls_loop_free(loop);
+}
+
+static void count_drops(const char *what, const dtls_addr *to, const void *data, size_t len, dtls_endpoint *ep,
+                        dtls_drop drop)
+{
+    struct sockaddr_in in = {.sin_family = AF_INET, .sin_port = htons(to->port)};
+    int fd = socket(AF_INET, SOCK_DGRAM, 0), one = 1;
+    dtls_counters n = {0};
+    memcpy(&in.sin_addr, to->ip, 4);
+    setsockopt(fd, SOL_SOCKET, SO_BROADCAST, &one, sizeof one);
+    if (sendto(fd, data, len, 0, (struct sockaddr *)&in, sizeof in) != (ssize_t)len) {
+        printf("skip - edges %s: %s\n", what, strerror(errno));
+    } else {
+        for (int i = 0; i < 100 && n.dropped[drop] == 0; i++) {
+            dtls_loop_poll(loop, 50);
+            dtls_endpoint_counters(ep, &n);
+        }
+        check(n.dropped[drop] == 1, what);
+    }
+    close(fd);
+}
+
+static void test_odd_datagrams(void)
+{
+    static unsigned char large[20000];
+    dtls_counters n;
+    loop = dtls_loop_new(NULL);
+    dtls_endpoint *ep = socket_endpoint("server", (dtls_config){0});
+    dtls_addr a = address("0.0.0.0:0");
+    dtls_endpoint_listen(ep, &a, NULL);
+    dtls_addr to = address("127.0.0.1:0"), everybody = address("127.255.255.255:0");
+    to.port = everybody.port = a.port;
+    count_drops("a datagram larger than any record", &to, large, sizeof large, ep, DTLS_DROP_OVERSIZE);
+    count_drops("a broadcast has no address to answer from", &everybody, "x", 1, ep, DTLS_DROP_STRANGER);
+    dtls_loop_free(loop);
+
+    start((dtls_config){0}, (dtls_config){0});
+    dtls_endpoint_input(server.ep, large, sizeof large, &client_addr, &server_addr);
+    dtls_endpoint_counters(server.ep, &n);
+    check(n.dropped[DTLS_DROP_OVERSIZE] == 1, "the same through a transport of one's own");
+    stop();
+}
+
+static void test_connecting(void)
+{
+    static char long_name[300];
+    dtls_error err = {0};
+    memset(long_name, 'a', sizeof long_name - 1);
+    start((dtls_config){0}, (dtls_config){.max_conns = 1});
+    dtls_target t = {.peer = server_addr, .local = client_addr, .name = long_name};
+    check(!dtls_endpoint_connect(client.ep, &t, &err) && err.code == DTLS_ERR_ARG, "a name that is too long");
+    dtls_conn *c = connect_client(NULL, &err);
+    dtls_info info;
+    dtls_conn_info(c, &info);
+    check(c && !info.connected && info.cipher[0] == 0 && !dtls_conn_ssl(c) && !dtls_conn_session(c) &&
+              dtls_conn_payload_max(c) == 0 && dtls_conn_reason(c) == DTLS_CLOSE_NONE,
+          "what there is to know before the handshake");
+    check(dtls_conn_send(c, "x", 1) == DTLS_ERR_STATE, "no message before the handshake");
+    t.name = "localhost";
+    t.local.port++;
+    check(!dtls_endpoint_connect(client.ep, &t, &err) && err.code == DTLS_ERR_LIMIT, "no more than max_conns");
+    stop();
+
+    start((dtls_config){0}, (dtls_config){0});
+    check(connect_client(NULL, &err) && !connect_client(NULL, &err) && err.code == DTLS_ERR_STATE,
+          "no second connection between the same addresses");
+    check(wait_for(&client.connected, 1), "which does not harm the first");
+    stop();
+}
+
+/* ---- inside callbacks ---- */
+
+static int inside_good;
+
+static void try_all_inside_send(struct side *s)
+{
+    dtls_error err;
+    dtls_target t = {.peer = server_addr, .local = client_addr};
+    inside_send = NULL;
+    inside_good = dtls_endpoint_input(s->ep, "x", 1, &server_addr, &client_addr) == DTLS_ERR_STATE &&
+                  !dtls_endpoint_connect(s->ep, &t, &err) && err.code == DTLS_ERR_STATE;
+    if (client.conn) {
+        inside_good &= dtls_conn_send(client.conn, "x", 1) == DTLS_ERR_STATE;
+        dtls_conn_close(client.conn);
+    }
+    dtls_endpoint_free(s->ep);
+}
+
+static void try_after_free(struct side *s, dtls_conn *conn, dtls_event event)
+{
+    dtls_error err;
+    dtls_target t = {.peer = server_addr, .local = client_addr};
+    if (event != DTLS_EV_CONNECTED)
+        return;
+    dtls_endpoint_free(s->ep);
+    dtls_endpoint_free(s->ep);
+    dtls_conn_close(conn);
+    inside_good = !dtls_endpoint_connect(s->ep, &t, &err) && err.code == DTLS_ERR_STATE &&
+                  dtls_endpoint_listen(s->ep, NULL, &err) == DTLS_ERR_STATE &&
+                  dtls_endpoint_input(s->ep, "x", 1, &server_addr, &client_addr) == 0 &&
+                  dtls_conn_send(conn, "x", 1) == DTLS_ERR_STATE && dtls_conn_payload_max(conn) == 0;
+    s->ep = NULL;
+}
+
+static void test_inside(void)
+{
+    start((dtls_config){0}, (dtls_config){0});
+    connected();
+    inside_send = try_all_inside_send;
+    check(dtls_conn_send(client.conn, "hello", 5) == 0 && inside_good && wait_for(&server.messages, 1) &&
+              !client.closed,
+          "all is refused inside config.send, and nothing harmed");
+    stop();
+
+    start((dtls_config){0}, (dtls_config){0});
+    client.inside = try_after_free;
+    check(connected() && inside_good && client.closed == 1, "an endpoint freed in this turn does nothing more");
+    stop();
+}
+
+/* The application may end things while it is told of others. */
+static void test_ends_in_the_log(void)
+{
+    start((dtls_config){0}, (dtls_config){0});
+    server.end_at_log = "connected";
+    server.end_endpoint = 1;
+    connect_client(NULL, NULL);
+    for (int i = 0; i < 20; i++)
+        turn();
+    check(!server.ep && server.connected == 0 && server.closed == 0, "a server freed while it logs its first client");
+    stop();
+
+    start((dtls_config){0}, (dtls_config){0});
+    connect_client(NULL, NULL);
+    client.end_at_log = "connected";
+    check(wait_for(&client.closed, 1) && client.connected == 0 && client.reason == DTLS_CLOSE_LOCAL,
+          "a client closed while its success is logged");
+    stop();
+
+    start((dtls_config){.max_handshakes = 1}, (dtls_config){0});
+    half_open();
+    server.end_at_log = "gave way";
+    server.end_endpoint = 1;
+    half_open();
+    check(!server.ep, "a server freed while a handshake gives way to a newer one");
+    stop();
+
+    start((dtls_config){0}, (dtls_config){0});
+    connect_client(NULL, NULL);
+    turn();
+    wire_lost = 1; /* from its cookie on */
+    client.end_at_log = "anew";
+    check(wait_for(&client.closed, 1) && client.reason == DTLS_CLOSE_LOCAL, "a client closed while it begins anew");
+    stop();
+}
+
+/* ---- messages ---- */
+
+static void test_sending(void)
+{
+    static char big[DTLS_MESSAGE_MAX + 1];
+    start((dtls_config){0}, (dtls_config){0});
+    connected();
+    dtls_conn *c = client.conn;
+    check(dtls_conn_send(c, NULL, 5) == DTLS_ERR_SIZE && dtls_conn_send(c, big, 0) == DTLS_ERR_SIZE &&
+              dtls_conn_send(c, big, sizeof big) == DTLS_ERR_SIZE && wire_len == 0,
+          "no message, an empty one, one byte too many");
+    send_refuses = 1;
+    check(dtls_conn_send(c, "lost", 4) == DTLS_ERR_AGAIN, "a transport that takes nothing now");
+    send_refuses = 0;
+    check(dtls_conn_send(c, "kept", 4) == 0 && wait_for(&server.messages, 1) && !client.closed, "and takes the next");
+    stop();
+}
+
+static void test_suites(void)
+{
+    static const char *const suites[] = {"ECDHE-ECDSA-CHACHA20-POLY1305", "ECDHE-ECDSA-AES128-CCM8",
+                                         "ECDHE-ECDSA-AES256-CCM"};
+    char what[96];
+    for (size_t i = 0; i < sizeof suites / sizeof *suites; i++) {
+        unsigned char forged[13 + 23] = {23, 0xfe, 0xfd, 0, 1, 0, 0, 0xff};
+        server.ciphers = client.ciphers = suites[i];
+        start((dtls_config){0}, (dtls_config){0});
+        int good = connected();
+        for (unsigned char len = 1; len <= 23; len++) {
+            forged[12] = len;
+            dtls_endpoint_input(server.ep, forged, 13u + len, &client_addr, &server_addr);
+            dtls_endpoint_input(client.ep, forged, 13u + len, &server_addr, &client_addr);
+        }
+        good = good && dtls_conn_send(client.conn, "hello", 5) == 0 && wait_for(&server.messages, 1);
+        snprintf(what, sizeof what, "%s, and short forged records", suites[i]);
+        check(good && !client.closed && !server.closed, what);
+        stop();
+    }
+}
+
+/* ---- peers ---- */
+
+static struct identity issue_as(const char *name, int length, long seconds)
+{
+    struct identity id = issue(20, "x", "clientAuth");
+    X509_NAME *subject = X509_NAME_new();
+    if (length > 0)
+        X509_NAME_add_entry_by_txt(subject, "CN", MBSTRING_UTF8, (const unsigned char *)name, length, -1, 0);
+    else
+        X509_NAME_add_entry_by_txt(subject, "O", MBSTRING_ASC, (const unsigned char *)"nobody", -1, -1, 0);
+    X509_set_subject_name(id.cert, subject);
+    X509_NAME_free(subject);
+    if (seconds)
+        X509_time_adj_ex(X509_getm_notAfter(id.cert), 0, seconds, NULL);
+    X509_sign(id.cert, ca.key, EVP_sha256());
+    return id;
+}
+
+static void test_names(void)
+{
+    static const struct {
+        const char *name;
+        int length;
+        const char *shown, *what;
+    } names[] = {{"", 0, "", "a peer without a common name"},
+                 {"J\xc3\xbcrgen", 7, "J\xc3\xbcrgen", "a peer's name in UTF-8"},
+                 {"a\nb\x7f"
+                  "c\xc2\x9b"
+                  "31m",
+                  10, "a?b?c??31m", "control characters in a peer's name"},
+                 {"sixty-four characters are what a common name may have at the most", 64,
+                  "sixty-four characters are what a common name may have at the mos", "a name of 64 characters"}};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        struct identity id = issue_as(names[i].name, names[i].length, 0);
+        client.id = &id;
+        start((dtls_config){0}, (dtls_config){0});
+        int good = connected() && strcmp(server.peer_name, names[i].shown) == 0;
+        if (!good)
+            printf("# edges: shown as \"%s\"\n", server.peer_name);
+        check(good, names[i].what);
+        stop();
+        identity_free(&id);
+    }
+}
+
+static SSL_SESSION *first_session(void)
+{
+    connected();
+    SSL_SESSION *session = dtls_conn_session(client.conn);
+    dtls_conn_close(client.conn);
+    wait_for(&server.closed, 1);
+    return session;
+}
+
+static void test_sessions(void)
+{
+    start((dtls_config){.session_cache = DTLS_NEVER}, (dtls_config){0});
+    SSL_SESSION *session = first_session();
+    connect_client(session, NULL);
+    check(wait_for(&client.connected, 2) && !client.resumed, "no cache, no resumption");
+    SSL_SESSION_free(session);
+    stop();
+
+    struct identity brief = issue_as("brief", 5, 2);
+    client.id = &brief;
+    start((dtls_config){0}, (dtls_config){0});
+    session = first_session();
+    while (X509_cmp_current_time(X509_get0_notAfter(brief.cert)) > 0)
+        usleep(20000); /* the one thing here that no virtual clock moves */
+    connect_client(session, NULL);
+    check(wait_for(&client.closed, 2) && server.connected == 1, "a session does not outlive the client's certificate");
+    SSL_SESSION_free(session);
+    stop();
+    identity_free(&brief);
+}
+
+/* ---- handshakes that end ---- */
+
+static void test_ends(void)
+{
+    start((dtls_config){0}, (dtls_config){.handshake_timeout_ms = 3600000});
+    wire_lost = 1;
+    connect_client(NULL, NULL);
+    check(wait_for(&client.closed, 1) && client.reason == DTLS_CLOSE_TIMEOUT,
+          "twelve retransmissions, then it is over");
+    stop();
+
+    start((dtls_config){.max_conns = 2, .max_handshakes = 2}, (dtls_config){.handshake_timeout_ms = 1000});
+    for (int i = 0; i < 5; i++)
+        half_open();
+    client_addr.port++;
+    connect_client(NULL, NULL);
+    check(wait_for(&server.connected, 1), "half-open ones leave room where max_conns and max_handshakes are the same");
+    stop();
+}
+
+/* A peer that asks for a new handshake on a connection: it only happens with a hostile one. */
+static void test_renegotiation(void)
+{
+    start((dtls_config){0}, (dtls_config){0});
+    connected();
+    SSL *ssl = dtls_conn_ssl(server.conn);
+    SSL_clear_options(ssl, SSL_OP_NO_RENEGOTIATION);
+    SSL_alloc_buffers(ssl);
+    int asked = SSL_renegotiate(ssl) == 1 && SSL_do_handshake(ssl) == 1;
+    for (int i = 0; i < 20; i++)
+        turn();
+    int answered = client.closed || (dtls_conn_send(client.conn, "alive", 5) == 0 && wait_for(&server.messages, 1));
+    check(asked && client.connected == 1 && answered, "a server that asks for renegotiation gets none");
+    stop();
+
+    start((dtls_config){0}, (dtls_config){0});
+    connected();
+    ssl = dtls_conn_ssl(client.conn);
+    SSL_clear_options(ssl, SSL_OP_NO_RENEGOTIATION);
+    SSL_alloc_buffers(ssl);
+    asked = SSL_renegotiate(ssl) == 1;
+    SSL_do_handshake(ssl);
+    check(asked && wait_for(&client.closed, 1) && server.connected == 1, "a client that renegotiates is done with");
+    stop();
+}
+
+int main(int argc, char **argv)
+{
+    if (argc != 2)
+        return 2;
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    certs = argv[1];
+    virtual_chance();
+    virtual_identities();
+    server_addr = address("192.0.2.1:4444");
+    client_addr = address("192.0.2.2:5555");
+    make_files();
+    atexit(remove_files);
+    test_texts();
+    test_loop();
+    test_watches();
+    test_signals();
+    test_ranges();
+    test_files();
+    test_listening();
+    test_odd_datagrams();
+    test_connecting();
+    test_inside();
+    test_ends_in_the_log();
+    test_sending();
+    test_suites();
+    test_names();
+    test_sessions();
+    test_ends();
+    test_renegotiation();
+    virtual_identities_free();
+    return failed;
+}
