@@ -1519,10 +1519,10 @@ struct dtls_conn {
     const uint8_t *in; /* the datagram libssl may read, borrowed */
     size_t in_len;
     bool in_renumber, in_peek;
-    uint64_t in_sequence; /* next number for a renumbered record */
+    uint64_t in_sequence;                                         /* next number for a renumbered record */
     unsigned early, restarts, faults, refused, fallbacks, resent; /* refused: so many certificates, by us */
-    int mtu;     /* the link's, as far as known */
-    bool output; /* libssl wrote a datagram since this was cleared */
+    int mtu;                                                      /* the link's, as far as known */
+    bool output;                                                  /* libssl wrote a datagram since this was cleared */
 
     uint8_t hello_random[HELLO_RANDOM];
     size_t overhead;
@@ -1607,16 +1607,17 @@ static bool record_parse(const uint8_t *p, size_t n, struct record *r)
 }
 
 /* Handshake messages that a peer may send unprotected: how long they get and, towards a server, their place. Behind our
- * cookie exchange a client's message_seq is fixed, so that nobody makes libssl keep more than one of each for later. */
-static bool guard_message(unsigned type, unsigned seq, unsigned length, bool server)
+ * cookie exchange a client's message_seq is fixed, so that nobody makes libssl keep more than one of each for later. A
+ * server that asks for no certificate, by will of on_ssl_ctx, gets none, and the key in its place. */
+static bool guard_message(unsigned type, unsigned seq, unsigned length, bool server, bool asks)
 {
     switch (type) {
     case CLIENT_HELLO: /* a later fragment: the first goes to the cookie exchange */
         return server && seq == 1 && length <= HELLO_LENGTH_MAX;
     case CERTIFICATE:
-        return (!server || seq == 2) && length <= CERTIFICATES_LENGTH_MAX;
+        return (!server || (asks && seq == 2)) && length <= CERTIFICATES_LENGTH_MAX;
     case CLIENT_KEY_EXCHANGE:
-        return server && seq == 3 && length <= KEY_LENGTH_MAX;
+        return server && seq == (asks ? 3u : 2u) && length <= KEY_LENGTH_MAX;
     case CERTIFICATE_VERIFY:
         return server && seq == 4 && length <= KEY_LENGTH_MAX;
     case SERVER_HELLO:
@@ -1634,14 +1635,14 @@ static bool guard_message(unsigned type, unsigned seq, unsigned length, bool ser
 }
 
 /* libssl ends the handshake over a fragment that lies about its place or size; nothing in a real one does. */
-static bool guard_handshake(const struct record *r, bool server)
+static bool guard_handshake(const struct record *r, bool server, bool asks)
 {
     const uint8_t *p = r->body;
     size_t left = r->body_len;
     while (left >= HANDSHAKE_HEADER) {
         unsigned length = load24(p + 1), offset = load24(p + 6), fragment = load24(p + 9);
-        if (!guard_message(p[0], load16(p + 4), length, server) || offset > length || fragment > length - offset ||
-            (fragment == 0 && length > 0) || fragment > left - HANDSHAKE_HEADER)
+        if (!guard_message(p[0], load16(p + 4), length, server, asks) || offset > length ||
+            fragment > length - offset || (fragment == 0 && length > 0) || fragment > left - HANDSHAKE_HEADER)
             return false;
         p += HANDSHAKE_HEADER + fragment;
         left -= HANDSHAKE_HEADER + fragment;
@@ -1694,9 +1695,9 @@ static int guard_in_handshake(dtls_conn *c, const struct record *r)
             return DTLS_DROP_ALERT;
         case TYPE_CCS:
             return r->body_len == 1 && r->body[0] == 1 ? -1 : DTLS_DROP_HANDSHAKE;
-        default:
-            return guard_handshake(r, c->server) && !guard_leftover(c, r) ? -1 : DTLS_DROP_HANDSHAKE;
         }
+        bool asks = SSL_get_verify_mode(c->ssl) != SSL_VERIFY_NONE;
+        return guard_handshake(r, c->server, asks) && !guard_leftover(c, r) ? -1 : DTLS_DROP_HANDSHAKE;
     }
     if (r->epoch != 1)
         return DTLS_DROP_EPOCH;

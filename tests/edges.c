@@ -49,13 +49,14 @@ struct side {
     int end_endpoint;       /* the endpoint, or else its first connection */
     const struct identity *id;
     const char *ciphers;
+    int trusting; /* its hook switches verification off */
 };
 
 static struct datagram {
     dtls_addr from, to;
     size_t len;
     unsigned char data[DATAGRAM_BYTES];
-} wire[WIRE_MAX];
+} wire[WIRE_MAX], first_hello;
 
 static size_t wire_len;
 static int wire_lost, send_refuses;
@@ -74,6 +75,8 @@ static int on_send(void *user, const void *data, size_t len, const dtls_addr *fr
         return 0;
     wire[wire_len] = (struct datagram){.from = *from, .to = *to, .len = len};
     memcpy(wire[wire_len++].data, data, len);
+    if (first_hello.len == 0)
+        first_hello = wire[0];
     return 0;
 }
 
@@ -118,6 +121,8 @@ static void on_log(void *user, dtls_log level, const char *line)
 static int with_identity(void *user, SSL_CTX *ctx)
 {
     const struct side *s = user;
+    if (s->trusting)
+        SSL_CTX_set_verify(ctx, SSL_VERIFY_NONE, NULL);
     return on_ssl_ctx((void *)(uintptr_t)s->id, ctx) || (s->ciphers && SSL_CTX_set_cipher_list(ctx, s->ciphers) != 1);
 }
 
@@ -217,6 +222,28 @@ static void test_texts(void)
         good &= strcmp(dtls_drop_name((dtls_drop)i), "unknown") != 0;
     check(good && strcmp(dtls_drop_name(DTLS_DROP_COUNT), "unknown") == 0, "each reason to drop has a name");
     check(strcmp(dtls_version(), DTLS_C_VERSION) == 0, "version of header and code");
+}
+
+static void test_addresses(void)
+{
+    const struct sockaddr unknown = {.sa_family = AF_UNIX};
+    const struct sockaddr_in6 six = {.sin6_family = AF_INET6};
+    dtls_addr a, b[4];
+    int equal = 0;
+    dtls_addr_parse(&a, "[fe80::1%1]:1", NULL);
+    for (int i = 0; i < 4; i++)
+        b[i] = a;
+    b[0].ip[15]++;
+    b[1].port++;
+    b[2].scope++;
+    b[3].family = 4;
+    for (int i = 0; i < 4; i++)
+        equal += dtls_addr_equal(&a, &b[i]);
+    check(dtls_addr_equal(&a, &a) && equal == 0, "equal addresses are equal in everything");
+    check(dtls_addr_from_sockaddr(&a, &unknown, sizeof six) == DTLS_ERR_ADDR &&
+              dtls_addr_from_sockaddr(&a, (const struct sockaddr *)&six, sizeof six - 1) == DTLS_ERR_ADDR &&
+              dtls_addr_from_sockaddr(&a, (const struct sockaddr *)&six, sizeof six) == 0,
+          "a sockaddr of another family, one cut short");
 }
 
 static void nothing(void *user)
@@ -663,6 +690,19 @@ static void test_ends_in_the_log(void)
           "a client closed while its success is logged");
     stop();
 
+    start((dtls_config){0}, (dtls_config){0});
+    connected();
+    wire_lost = 1;
+    dtls_conn_close(client.conn);
+    wire_lost = 0;
+    server.end_at_log = "replaced";
+    server.end_endpoint = 1;
+    connect_client(NULL, NULL);
+    for (int i = 0; i < 20; i++)
+        turn();
+    check(!server.ep && server.connected == 1 && server.closed == 1, "a server freed while a client replaces itself");
+    stop();
+
     start((dtls_config){.max_handshakes = 1}, (dtls_config){0});
     half_open();
     server.end_at_log = "gave way";
@@ -696,6 +736,28 @@ static void test_sending(void)
     send_refuses = 0;
     check(dtls_conn_send(c, "kept", 4) == 0 && wait_for(&server.messages, 1) && !client.closed, "and takes the next");
     stop();
+}
+
+static void test_mtus(void)
+{
+    static const int mtus[] = {256, 65535};
+    char what[64];
+    for (size_t i = 0; i < sizeof mtus / sizeof *mtus; i++) {
+        const dtls_config cfg = {.mtu_bytes = mtus[i]};
+        start(cfg, cfg);
+        connect_client(NULL, NULL);
+        turn();
+        turn();
+        turn();
+        wire_len = 0; /* the server's first flight is lost, and its second */
+        wire_lost = 1;
+        for (int turns = 0; turns < 40; turns++)
+            turn();
+        wire_lost = 0;
+        snprintf(what, sizeof what, "a flight sent three times at MTU %d", mtus[i]);
+        check(wait_for(&client.connected, 1) && wait_for(&server.connected, 1), what);
+        stop();
+    }
 }
 
 static void test_suites(void)
@@ -736,6 +798,12 @@ static struct identity issue_as(const char *name, int length, long seconds)
         X509_time_adj_ex(X509_getm_notAfter(id.cert), 0, seconds, NULL);
     X509_sign(id.cert, ca.key, EVP_sha256());
     return id;
+}
+
+static void say_hello(dtls_conn *conn, void *user)
+{
+    (void)user;
+    dtls_conn_send(conn, "hello", 5);
 }
 
 static void test_names(void)
@@ -794,6 +862,36 @@ static void test_sessions(void)
     SSL_SESSION_free(session);
     stop();
     identity_free(&brief);
+}
+
+static void test_no_verification(void)
+{
+    server.trusting = 1;
+    start((dtls_config){0}, (dtls_config){0});
+    check(connected() && server.peer_name[0] == 0, "a hook that asks for no certificate gets none");
+    stop();
+}
+
+/* ---- one endpoint in both roles ---- */
+
+static void test_both_roles(void)
+{
+    struct identity both = issue(30, "both", "serverAuth,clientAuth");
+    dtls_error err = {0};
+    client.id = &both;
+    start((dtls_config){0}, (dtls_config){0});
+    dtls_endpoint_free(server.ep);
+    server.ep = client.ep;
+    dtls_endpoint_listen(client.ep, NULL, NULL);
+    connect_client(NULL, &err);
+    check(wait_for(&client.connected, 2), "an endpoint that is its own client");
+    dtls_endpoint_input(client.ep, first_hello.data, first_hello.len, &server_addr, &client_addr);
+    dtls_endpoint_each(client.ep, say_hello, NULL);
+    check(first_hello.len > 0 && wait_for(&client.messages, 2) && client.closed == 0,
+          "a ClientHello from a client's server is nothing to it");
+    server.ep = NULL;
+    stop();
+    identity_free(&both);
 }
 
 /* ---- handshakes that end ---- */
@@ -855,6 +953,7 @@ int main(int argc, char **argv)
     make_files();
     atexit(remove_files);
     test_texts();
+    test_addresses();
     test_loop();
     test_watches();
     test_signals();
@@ -866,9 +965,12 @@ int main(int argc, char **argv)
     test_inside();
     test_ends_in_the_log();
     test_sending();
+    test_mtus();
     test_suites();
     test_names();
     test_sessions();
+    test_no_verification();
+    test_both_roles();
     test_ends();
     test_renegotiation();
     virtual_identities_free();

@@ -344,6 +344,7 @@ static void test_bio(void)
     BIO *b = SSL_get_rbio(c->ssl);
     char out[64];
     CHECK(BIO_read(b, out, sizeof out) == -1 && BIO_should_retry(b));
+    CHECK(BIO_ctrl(b, BIO_CTRL_PENDING, 0, NULL) == 0 && BIO_ctrl(b, BIO_CTRL_EOF, 0, NULL) == 1);
     const uint8_t record[16] = {22, 0xfe, 0xff, 0, 0, 9, 9, 9, 9, 9, 9, 0, 3, 'a', 'b', 'c'};
     c->in = record;
     c->in_len = sizeof record;
@@ -508,6 +509,42 @@ static void test_guard(void)
     c->state = CONN_HANDSHAKE;
     conn_destroy(&c->object);
     dtls_loop_free(l);
+}
+
+/* Where a message has its place, and how long it gets. */
+static void test_guard_messages(void)
+{
+    static const struct {
+        unsigned type, seq, length;
+        bool server, good;
+    } cases[] = {{CLIENT_HELLO, 1, HELLO_LENGTH_MAX, true, true},
+                 {CLIENT_HELLO, 0, 100, true, false},
+                 {CLIENT_HELLO, 1, HELLO_LENGTH_MAX + 1, true, false},
+                 {CLIENT_HELLO, 1, 100, false, false},
+                 {CERTIFICATE, 2, CERTIFICATES_LENGTH_MAX, true, true},
+                 {CERTIFICATE, 3, 100, true, false},
+                 {CERTIFICATE, 3, 100, false, true},
+                 {CERTIFICATE, 2, CERTIFICATES_LENGTH_MAX + 1, false, false},
+                 {CLIENT_KEY_EXCHANGE, 3, KEY_LENGTH_MAX, true, true},
+                 {CLIENT_KEY_EXCHANGE, 2, 100, true, false},
+                 {CLIENT_KEY_EXCHANGE, 3, KEY_LENGTH_MAX + 1, true, false},
+                 {CERTIFICATE_VERIFY, 4, KEY_LENGTH_MAX, true, true},
+                 {CERTIFICATE_VERIFY, 5, 100, true, false},
+                 {CERTIFICATE_VERIFY, 4, KEY_LENGTH_MAX + 1, true, false},
+                 {CERTIFICATE_VERIFY, 4, 100, false, false},
+                 {SERVER_HELLO, SERVER_SEQ_MAX, HELLO_LENGTH_MAX, false, true},
+                 {SERVER_HELLO, SERVER_SEQ_MAX + 1, 100, false, false},
+                 {SERVER_HELLO, 1, HELLO_LENGTH_MAX + 1, false, false},
+                 {SERVER_HELLO, 1, 100, true, false},
+                 {NEW_SESSION_TICKET, 8, CERTIFICATES_LENGTH_MAX, false, true},
+                 {NEW_SESSION_TICKET, SERVER_SEQ_MAX + 1, 100, false, false},
+                 {CERTIFICATE_REQUEST, 4, CERTIFICATES_LENGTH_MAX + 1, false, false},
+                 {SERVER_HELLO_DONE, 5, 0, true, false},
+                 {CERTIFICATE_STATUS, 3, 100, false, true},
+                 {0, 1, 0, false, false}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        CHECK(guard_message(cases[i].type, cases[i].seq, cases[i].length, cases[i].server, true) == cases[i].good);
+    CHECK(guard_message(CLIENT_KEY_EXCHANGE, 2, 100, true, false) && !guard_message(CERTIFICATE, 2, 100, true, false));
 }
 
 static void test_cookies(void)
@@ -774,6 +811,7 @@ int main(int argc, char **argv)
                  {"bio", test_bio},
                  {"record headers", test_records},
                  {"guard", test_guard},
+                 {"guard, handshake messages", test_guard_messages},
                  {"cookies", test_cookies},
                  {"connection table", test_table},
                  {"send queue", test_backlog},
