@@ -54,7 +54,7 @@ def programs(certs):
     yield make("memory", "tests/memory.c")
     yield make("loops", "tests/loops.c")
     yield make("simulate", "tests/simulate.c", command=[str(BUILD / "simulate/program"), "150"])
-    yield make("faults", "tests/faults.c", flags=wraps(), command=[str(BUILD / "faults/program"), certs, "quick"])
+    yield make("faults", "tests/faults.c", flags=wraps(), command=[str(BUILD / "faults/program"), certs, "all", "0", "12"])
     for target in ("server", "client", "addr"):
         inputs = sorted(str(path) for path in (ROOT / "tests/corpus" / target).iterdir())
         yield make(f"fuzz-{target}", f"tests/fuzz_{target}.c", "tests/fuzz_replay.c",

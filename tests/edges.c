@@ -56,7 +56,7 @@ static struct datagram {
     dtls_addr from, to;
     size_t len;
     unsigned char data[DATAGRAM_BYTES];
-} wire[WIRE_MAX], first_hello;
+} wire[WIRE_MAX], first_hello, cookie_hello; /* the first ClientHello of all, the last one with a cookie */
 
 static size_t wire_len;
 static int wire_lost, send_refuses;
@@ -77,6 +77,9 @@ static int on_send(void *user, const void *data, size_t len, const dtls_addr *fr
     memcpy(wire[wire_len++].data, data, len);
     if (first_hello.len == 0)
         first_hello = wire[0];
+    const unsigned char *p = data;
+    if (p[0] == 22 && p[13] == 1 && p[18] == 1) /* handshake, ClientHello, message_seq 1 */
+        cookie_hello = wire[wire_len - 1];
     return 0;
 }
 
@@ -872,6 +875,25 @@ static void test_no_verification(void)
     stop();
 }
 
+static void test_stale_cookie(void)
+{
+    static const int ages_ms[] = {59000, 121000}; /* cookie_ms is 60,000, and the last secret stays valid */
+    dtls_counters before, after;
+    for (int i = 0; i < 2; i++) {
+        start((dtls_config){0}, (dtls_config){0});
+        connected();
+        dtls_conn_close(client.conn);
+        wait_for(&server.closed, 1);
+        dtls_endpoint_counters(server.ep, &before);
+        now_us += ages_ms[i] * (int64_t)1000;
+        dtls_endpoint_input(server.ep, cookie_hello.data, cookie_hello.len, &client_addr, &server_addr);
+        dtls_endpoint_counters(server.ep, &after);
+        check(after.handshakes == (i == 0) && after.cookies_sent == before.cookies_sent + (i == 1),
+              i ? "a stale cookie is answered with a new one" : "a cookie is good for its time");
+        stop();
+    }
+}
+
 /* ---- one endpoint in both roles ---- */
 
 static void test_both_roles(void)
@@ -970,6 +992,7 @@ int main(int argc, char **argv)
     test_names();
     test_sessions();
     test_no_verification();
+    test_stale_cookie();
     test_both_roles();
     test_ends();
     test_renegotiation();

@@ -2,7 +2,8 @@
  * runs is a process, forked from one that is warm; where one goes wrong its runs are repeated, each in a process of its
  * own. So a crash or a hang is reported with its n, and the next run goes on.
  *
- *   faults CERTS_DIR quick|all                  quick: evenly spread samples; all: every n, and OpenSSL's first use
+ *   faults CERTS_DIR quick                      evenly spread samples, and every allocation of dtls.c
+ *   faults CERTS_DIR all PART PARTS             every n, and OpenSSL's first use: PART, from 0, of PARTS processes
  *   faults CERTS_DIR SCENARIO KIND N [ERRNO]    one run
  *
  * Whatever says that it could not be done is asked again and must succeed then; a message that a fault lost is sent
@@ -1224,6 +1225,8 @@ static void one_by_one(const struct scenario *s, struct fault f, long step, int 
     }
 }
 
+static long part, parts = 1; /* which of all n are for this process */
+
 /* Every n, or every so manieth, until there is none for the fault to hit. */
 static void sweep(const struct scenario *s, struct fault f, bool all)
 {
@@ -1232,9 +1235,9 @@ static void sweep(const struct scenario *s, struct fault f, bool all)
         return;
     }
     long left_always = shared->left, runs = f.call == OPENSSL ? QUICK_OPENSSL : QUICK_RUNS;
-    long step = all ? 1 : outcome->uses[f.call] / runs + 1;
-    bool fired = outcome->uses[f.call] > 0;
-    for (f.n = 1; fired;) {
+    long step = all || f.call == MALLOC ? parts : outcome->uses[f.call] / runs + 1;
+    bool fired = outcome->uses[f.call] > part;
+    for (f.n = 1 + part; fired;) {
         bool good = block(s, &f, step, s->cold ? 1 : BLOCK, left_always);
         int n = shared->began;
         fired = !good || outcome->fired;
@@ -1311,7 +1314,7 @@ static int run_one(int argc, char **argv)
 
 int main(int argc, char **argv)
 {
-    bool many = argc == 3 && (strcmp(argv[2], "quick") == 0 || strcmp(argv[2], "all") == 0);
+    bool all = argc == 5 && strcmp(argv[2], "all") == 0, many = all || (argc == 3 && strcmp(argv[2], "quick") == 0);
     setvbuf(stdout, NULL, _IOLBF, 0);
     shared = mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     outcome = shared->runs;
@@ -1320,5 +1323,7 @@ int main(int argc, char **argv)
         !CRYPTO_set_mem_functions(openssl_malloc, openssl_realloc, openssl_free))
         return 2;
     certs = argv[1];
-    return many ? run_many(strcmp(argv[2], "all") == 0) : run_one(argc - 2, argv + 2);
+    part = all ? atol(argv[3]) : 0;
+    parts = all ? atol(argv[4]) : 1;
+    return many ? run_many(all) : run_one(argc - 2, argv + 2);
 }

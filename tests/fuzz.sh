@@ -2,7 +2,7 @@
 # Fuzzes what others' bytes reach: each target is tests/fuzz_TARGET.c, its inputs start from tests/corpus/TARGET/.
 # usage: tests/fuzz.sh quick|all [TARGET]
 #   quick          the same executions each time, about 5 s for each target
-#   all            FUZZ_SECONDS (120) for each target
+#   all            FUZZ_SECONDS (60) for each target
 #   BUILD          folder for what is built and for inputs that fail (tests/build)
 # Where the compiler has no libFuzzer, the corpus is replayed, which any compiler can.
 set -u
@@ -19,7 +19,7 @@ case "$mode $# $targets " in
 esac
 
 build=${BUILD:-tests/build}
-seconds=${FUZZ_SECONDS:-120}
+seconds=${FUZZ_SECONDS:-60}
 scratch=$(mktemp -d) || exit 1
 fuzzer=
 trap 'rm -rf "$scratch"' EXIT
