@@ -2218,7 +2218,8 @@ static void conn_fail(dtls_conn *c)
     conn_arm(c);
 }
 
-static void conn_read_name(dtls_conn *c, X509 *cert)
+/* False: there is a name, but it cannot be read; a peer must not pass for one without. */
+static bool conn_read_name(dtls_conn *c, X509 *cert)
 {
     X509_NAME *subject = X509_get_subject_name(cert);
     int at = X509_NAME_get_index_by_NID(subject, NID_commonName, -1);
@@ -2230,6 +2231,7 @@ static void conn_read_name(dtls_conn *c, X509 *cert)
         c->peer_name[i] = (char)(control ? '?' : utf8[i]);
     }
     OPENSSL_free(utf8);
+    return at < 0 || n >= 0;
 }
 
 /* Nonce and tag of the suite's records, RFC 5288, 6655, 7905. */
@@ -2256,10 +2258,13 @@ static void conn_open(dtls_conn *c)
         conn_end(c, DTLS_CLOSE_VERIFY, "certificate refused: %s", X509_verify_cert_error_string(bad));
         return;
     }
-    if (cert)
-        conn_read_name(c, cert);
+    bool named = !cert || conn_read_name(c, cert);
     X509_free(cert);
     errors_clear();
+    if (!named) {
+        conn_end(c, DTLS_CLOSE_VERIFY, "certificate refused: %s", "its name cannot be read");
+        return;
+    }
 
     /* The callbacks in here may end it; until the last line the application does not know it. */
     if (c->server)
@@ -2673,15 +2678,17 @@ static void ep_replace(dtls_conn *c)
 /* Cookies: RFC 6347 section 4.2.1. The address pair under a secret that changes; the one before stays valid. Nothing of
  * the ClientHello: somebody who sends one in a client's name must not make the client's cookie a wrong one. */
 
-static void cookie_make(const dtls_conn *c, const uint8_t secret[COOKIE_SECRET], uint8_t cookie[COOKIE_BYTES])
+/* False: no memory for it, and no cookie is better than one that anybody can guess. */
+static bool cookie_make(const dtls_conn *c, const uint8_t secret[COOKIE_SECRET], uint8_t cookie[COOKIE_BYTES])
 {
     uint8_t data[2 * ADDR_PACKED], mac[EVP_MAX_MD_SIZE];
     unsigned len = sizeof mac;
     addr_pack(&c->peer, data);
     addr_pack(&c->local, data + ADDR_PACKED);
-    memset(mac, 0, sizeof mac);
-    HMAC(EVP_sha256(), secret, COOKIE_SECRET, data, sizeof data, mac, &len);
+    if (!HMAC(EVP_sha256(), secret, COOKIE_SECRET, data, sizeof data, mac, &len))
+        return false;
     memcpy(cookie, mac, COOKIE_BYTES);
+    return true;
 }
 
 static void cookie_rotate(dtls_endpoint *ep)
@@ -2700,9 +2707,8 @@ static void cookie_rotate(dtls_endpoint *ep)
 static int cookie_generate(SSL *ssl, unsigned char *cookie, unsigned *len)
 {
     dtls_conn *c = conn_of(ssl);
-    cookie_make(c, c->ep->secret[0], cookie);
     *len = COOKIE_BYTES;
-    return 1;
+    return cookie_make(c, c->ep->secret[0], cookie);
 }
 
 static int cookie_verify(SSL *ssl, const unsigned char *cookie, unsigned len)
@@ -2710,10 +2716,8 @@ static int cookie_verify(SSL *ssl, const unsigned char *cookie, unsigned len)
     dtls_conn *c = conn_of(ssl);
     uint8_t good[COOKIE_BYTES];
     bool same = false;
-    for (int i = 0; i < 2 && !same && len == COOKIE_BYTES; i++) {
-        cookie_make(c, c->ep->secret[i], good);
-        same = CRYPTO_memcmp(cookie, good, COOKIE_BYTES) == 0;
-    }
+    for (int i = 0; i < 2 && !same && len == COOKIE_BYTES; i++)
+        same = cookie_make(c, c->ep->secret[i], good) && CRYPTO_memcmp(cookie, good, COOKIE_BYTES) == 0;
     return same;
 }
 
@@ -3156,8 +3160,7 @@ static int ctx_load(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
         errors_clear();
         if (SSL_CTX_use_PrivateKey_file(ctx, cfg->key_file, SSL_FILETYPE_PEM) != 1) {
             if (ERR_GET_LIB(ERR_peek_last_error()) == ERR_LIB_X509)
-                return fail(err, DTLS_ERR_CERT, "%s: the key does not match %s", cfg->key_file,
-                            cfg->cert_file ? cfg->cert_file : "the certificate");
+                return fail(err, DTLS_ERR_CERT, "%s: the key does not match %s", cfg->key_file, cfg->cert_file);
             return fail(err, DTLS_ERR_CERT,
                         "%.150s: no private key in PEM form, or one with a password ('openssl pkey' removes it)",
                         cfg->key_file);

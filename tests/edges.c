@@ -816,7 +816,7 @@ static void test_names(void)
         int length;
         const char *shown, *what;
     } names[] = {{"", 0, "", "a peer without a common name"},
-                 {"J\xc3\xbcrgen", 7, "J\xc3\xbcrgen", "a peer's name in UTF-8"},
+                 {"J\xc3\xbcrgen \xc2\xa9", 10, "J\xc3\xbcrgen \xc2\xa9", "a peer's name in UTF-8"},
                  {"a\nb\x7f"
                   "c\xc2\x9b"
                   "31m",

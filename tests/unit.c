@@ -60,7 +60,9 @@ static void test_addresses(void)
     CHECK(
         parses("[fe80::1%4294967295]:1", "[fe80::1%4294967295]:1")); /* no such interface, and still the same address */
     CHECK(refused("[fe80::1%4294967296]:1", "no interface"));
-    CHECK(refused("two\nlines", "two?lines"));
+    CHECK(refused("two\nlines\x7f", "two?lines?"));
+    CHECK(refused("[fe80::1%0]:1", "no interface"));
+    CHECK(refused("127.0.0.1:12345678901", "65535"));
     CHECK(refused("127.0.0.1", "no port"));
     CHECK(refused("[::1]", "no port"));
     CHECK(refused("[::1]1234", "no port"));
