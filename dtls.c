@@ -2018,7 +2018,8 @@ static void conn_arm(dtls_conn *c)
         timer_set(c->loop, &c->timer, at);
 }
 
-/* libssl 3.0 crashes when it writes without its buffers, so they come back before any call that might. */
+/* libssl 3.0 crashes when it writes without its buffers, so they come back before any call that might. False: no memory,
+ * and libssl will not use this SSL again. */
 static bool conn_need_buffers(dtls_conn *c)
 {
     c->used = true;
@@ -2360,7 +2361,7 @@ static void conn_drive(dtls_conn *c)
 static void conn_give(dtls_conn *c, const uint8_t *p, size_t n, bool renumber)
 {
     if (!conn_need_buffers(c)) {
-        ep_count(c->ep, DTLS_DROP_LIMIT);
+        conn_end(c, DTLS_CLOSE_ERROR, "out of %s", "memory");
         return;
     }
     c->in = p;
@@ -2491,7 +2492,8 @@ int dtls_conn_send(dtls_conn *c, const void *data, size_t len)
         return DTLS_ERR_SIZE;
     loop_enter(c->loop);
     if (!conn_need_buffers(c)) {
-        r = DTLS_ERR_AGAIN;
+        conn_end(c, DTLS_CLOSE_ERROR, "out of %s", "memory");
+        r = DTLS_ERR_TLS;
     } else {
         errors_clear();
         int n = SSL_write(c->ssl, data, (int)len);

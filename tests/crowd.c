@@ -3,8 +3,8 @@
  *   crowd ADDR CERTS_DIR CLIENTS [SECONDS [flood]]
  *
  * Prints how many got in, and how fast; then, SECONDS later, how many connections are alive, and how many pings (one in
- * PING_MS from each client) were answered, and how fast. With "flood" the pings come as fast as the loop turns, and nobody
- * minds lost ones. Exit status 0: all got in and are alive. */
+ * PING_MS from each client) were answered, and how fast. With "flood" the pings come as fast as the loop turns, and
+ * nobody minds lost ones. Exit status 0: all got in and are alive. */
 #include "../dtls.h"
 
 #include <stdio.h>

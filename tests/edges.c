@@ -544,6 +544,15 @@ static void test_listening(void)
     check(!dtls_endpoint_connect(ep, &t, &err) && err.code == DTLS_ERR_CERT && strstr(err.text, "client"),
           "connecting with a server's certificate");
     check(dtls_endpoint_listen(ep, &a, &err) == 0 && a.port != 0, "port 0 becomes a port");
+    dtls_addr beside[] = {address("127.0.0.2:0"), address("[::1]:0")};
+    for (int i = 0; i < 2; i++) {
+        beside[i].port = a.port;
+        if (dtls_endpoint_listen(ep, &beside[i], &err) < 0)
+            printf("skip - edges the same port elsewhere: %s\n", err.text);
+        else
+            check(dtls_endpoint_listen(ep, &beside[i], &err) == 1,
+                  "the same port on another address is another socket");
+    }
     again = a;
     check(dtls_endpoint_listen(ep, &again, &err) == 1, "the same address again is covered");
     check(dtls_endpoint_listen(other, &again, &err) == DTLS_ERR_SYSTEM && strstr(err.text, strerror(EADDRINUSE)),
@@ -595,6 +604,47 @@ static void test_odd_datagrams(void)
     dtls_endpoint_counters(server.ep, &n);
     check(n.dropped[DTLS_DROP_OVERSIZE] == 1, "the same through a transport of one's own");
     stop();
+}
+
+/* Two messages in one batch, and the first one's callback ends it all. */
+
+static dtls_endpoint *ending;
+static int batch_connected, batch_messages;
+
+static void end_at_message(dtls_conn *conn, dtls_event event, const void *data, size_t len)
+{
+    (void)data, (void)len;
+    batch_connected += event == DTLS_EV_CONNECTED;
+    if (event != DTLS_EV_MESSAGE)
+        return;
+    batch_messages++;
+    if (dtls_conn_endpoint(conn) == ending)
+        dtls_endpoint_free(ending);
+}
+
+static void test_end_in_a_batch(void)
+{
+    dtls_loop *other = dtls_loop_new(NULL);
+    loop = dtls_loop_new(NULL);
+    ending = socket_endpoint("server", (dtls_config){.on_event = end_at_message});
+    dtls_addr a = address("127.0.0.1:0");
+    dtls_endpoint_listen(ending, &a, NULL);
+    dtls_loop *servers = loop;
+    loop = other;
+    dtls_endpoint *ep = socket_endpoint("client", (dtls_config){.on_event = end_at_message});
+    dtls_target t = {.peer = a};
+    dtls_conn *clients[2] = {dtls_endpoint_connect(ep, &t, NULL), dtls_endpoint_connect(ep, &t, NULL)};
+    for (int i = 0; i < 1000 && batch_connected < 4; i++) {
+        dtls_loop_poll(servers, 5);
+        dtls_loop_poll(other, 5);
+    }
+    for (int i = 0; i < 4; i++)
+        dtls_conn_send(clients[i % 2], "end", 3);
+    for (int i = 0; i < 100 && batch_messages == 0; i++)
+        dtls_loop_poll(servers, 50);
+    check(batch_connected == 4 && batch_messages == 1, "an endpoint freed with more datagrams in hand");
+    dtls_loop_free(servers);
+    dtls_loop_free(other);
 }
 
 static void test_connecting(void)
@@ -983,6 +1033,7 @@ int main(int argc, char **argv)
     test_files();
     test_listening();
     test_odd_datagrams();
+    test_end_in_a_batch();
     test_connecting();
     test_inside();
     test_ends_in_the_log();

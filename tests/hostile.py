@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Hostile traffic and lossy links, on real sockets against the real server. harness.py says how it runs; --all: at length.
+"""Hostile traffic and lossy links, on real sockets against the real server. harness.py says how it runs; with --all at
+length.
 
-Everything stays on loopback and is bounded in count and time. Memory and speed are measured on an optimized build, which
-is made here with tests/crowd.c (many clients in one process) and tests/proxy.c (a network that loses and forges).
+Everything stays on loopback and is bounded in count and time. Memory and speed are measured on an optimized build,
+which is made here with tests/crowd.c (many clients in one process) and tests/proxy.c (a network that loses and forges).
 """
 
 import os
@@ -32,6 +33,7 @@ CONNECT_S = 2.0  # a real client gets in within this time, whatever goes on
 DEADLINE_S = 30  # of a handshake
 CONNECTED = re.compile(r"^connected (\d+) of \d+(?:, median ([\d.]+) s, slowest ([\d.]+) s)?$", re.M)
 ALIVE = re.compile(r"^alive (\d+) of \d+, answered (\d+) of (\d+)(?:, median ([\d.]+) ms, slowest ([\d.]+) ms)?$", re.M)
+LOST_LINE, FORGED_LINE = -2, -1  # of what tests/proxy.c says at its end
 COOKIE_LENGTH_AT = 13 + 12 + 2 + 32 + 1  # in a ClientHello's datagram without a session id
 
 
@@ -79,6 +81,16 @@ def proxy(t, server, **what):
                                        *(f"{name}={value}" for name, value in what.items())])
     proxy.addr = proxy.out.wait(r"^listening on (\S+)$")[1]
     return proxy
+
+
+def figures(network, line, *wanted):
+    """What a network did, from a line of what it says at its end; everything wanted of it must have happened."""
+    if network.running():
+        network.stop()
+    did = {name: int(n) for n, name in re.findall(r"(\d+) (\w+)", network.out.lines()[line])}
+    idle = [name for name in wanted or did if did[name] == 0]
+    check(not idle, f"the network did nothing of this: {' '.join(idle)}")
+    return did
 
 
 def crowd(t, where, clients, *more):
@@ -166,7 +178,7 @@ class Flood(threading.Thread):
 
 
 def while_flooded(t, server, make, count):
-    """A flood of that many datagrams, with real clients all along; returns it, their slowest and the server's growth."""
+    """A flood of that many datagrams, with real clients all along, who must get in while the server must not grow."""
     t.ping(server)
     before = rss_kb(server)
     flood = Flood(server, make, count)
@@ -175,8 +187,8 @@ def while_flooded(t, server, make, count):
         slowest = max(slowest, connects_in(t, server))
     flood.close()
     growth = rss_kb(server) - before
-    say(f"{t.name}: {flood.sent} sent, {flood.received} answers, {flood.received_bytes / flood.sent_bytes:.2f} bytes for "
-        f"each, server {growth:+} KB; meanwhile a real client was through within {slowest:.2f} s")
+    say(f"{t.name}: {flood.sent} sent, {flood.received} answers, {flood.received_bytes / flood.sent_bytes:.2f} bytes "
+        f"for each, server {growth:+} KB; meanwhile a real client was through within {slowest:.2f} s")
     check(slowest < CONNECT_S, f"a real client took {slowest:.1f} s")
     check(growth < GROWTH_KB, f"the server grew by {growth} KB")
     return flood
@@ -300,13 +312,15 @@ def handshakes_and_connections_among_forgeries(t):
         equal(living, 60, f"connections alive after 2 s of 30 % forged, seed {seed}")
         growth = rss_kb(server) - before
         check(growth < 60 * 100 + GROWTH_KB, f"the server grew by {growth} KB, seed {seed}")
+        forged = sum(figures(network, FORGED_LINE).values())
 
         network = proxy(t, server, seed=seed, up=2, down=2)
         clients = crowd(t, network, 20, 10)
         connected(clients)
         living, answered, sent, *_ = alive(clients, 30)
-        say(f"seed {seed}: {in_} of 60 handshakes among 30 % forged datagrams, median {median:.2f} s, slowest {slowest:.2f} "
-            f"s; {living} of 20 connections alive after 10 s of 2 %, {answered} of {sent} pings answered")
+        say(f"seed {seed}: {in_} of 60 handshakes among {forged} forged datagrams (30 %), median {median:.2f} s, "
+            f"slowest {slowest:.2f} s; {living} of 20 connections alive after 10 s of 2 %, {answered} of {sent} pings "
+            f"answered")
         clients.exits(0 if living == 20 else 1)
         equal(living, 20, f"connections alive after 10 s of 2 % forged, seed {seed}")
         server.stop()
@@ -317,7 +331,7 @@ def handshakes_and_connections_among_forgeries(t):
 
 @test(slow=True)
 def peers_that_stop_in_each_state(t):
-    """Small datagrams make many states: after how many of them one side falls silent. All at once, one deadline long."""
+    """Small datagrams make many states: after how many of them one side falls silent. All at once: one deadline."""
     server = t.server("--mtu", "256", "--idle-timeout", "5")
     stopped = {}
     for side in (True, False):
@@ -379,8 +393,8 @@ def flood_of_valid_messages(t):
     connected(flooder)
     beside = crowd(t, server, 5, 3)
     living, answered, sent, median, slowest = alive(beside, 20)
-    say(f"a client floods: beside it {answered} of {sent} pings answered, median {median:.2f} ms against {median_quiet:.2f} "
-        f"ms in quiet ({answered_quiet} of {sent_quiet}), slowest {slowest:.0f} ms")
+    say(f"a client floods: beside it {answered} of {sent} pings answered, median {median:.2f} ms against "
+        f"{median_quiet:.2f} ms in quiet ({answered_quiet} of {sent_quiet}), slowest {slowest:.0f} ms")
     check(sent > 0 and answered >= 0.3 * sent, f"{answered} of {sent} pings answered beside a flood")
     check(slowest < 1000, f"an answer took {slowest:.0f} ms beside a flood")
     equal(living, 5, "clients alive beside a flood")
@@ -398,7 +412,7 @@ def crowd_through(t, loss, seed):
     in_, median, slowest = connected(clients)
     say(f"loss {loss} % each way, seed {seed}: {in_} of 60 handshakes, median {median:.2f} s, slowest {slowest:.2f} s")
     clients.exits(0 if in_ == 60 else 1)
-    network.stop()
+    figures(network, LOST_LINE, "lost", "doubled", "late", "damaged")
 
     def left():
         return int(re.search(r"users: (\d+)", t.client(server, stdin=b"stats\n").exits(0).out.text)[1])

@@ -1,15 +1,15 @@
 /* A UDP proxy in front of a server, on loopback, that misbehaves as asked and repeats itself from a seed.
  *
- *   proxy SERVER_PORT [NAME=VALUE...]       prints "listening on 127.0.0.1:PORT", on SIGTERM what it did
+ *   proxy SERVER_PORT [NAME=VALUE...]       prints "listening on 127.0.0.1:PORT", on SIGTERM what it did, in two lines
  *
  *   seed=N                    of its chance (1)
  *   loss=P twice=P late=P corrupt=P
- *                             percent of the datagrams each way that are lost, doubled, held back by 5 to 80 ms, damaged
- *   up=P down=P               percent of the datagrams to the server, to the client before which a forged one goes, from
- *                             the peer's own address
+ *                             percent of the datagrams each way that are lost, doubled, late by 5 to 80 ms, damaged
+ *   up=P down=P               percent of the datagrams to the server, to the client before which a forged one goes,
+ *                             from the peer's own address
  *
- * What it forges is what anybody can send who knows the addresses. Whole plaintext handshake messages are not among it: in
- * DTLS 1.2 nobody can tell those from the peer's. */
+ * What it forges is what anybody can send who knows the addresses. Whole plaintext handshake messages are not among it:
+ * in DTLS 1.2 nobody can tell those from the peer's. */
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <poll.h>
@@ -35,6 +35,11 @@ enum {
     DATA = 23
 };
 
+enum kind { SHORT, SEALED, FATAL, CLOSING, WARNING, PLAIN, AHEAD, EPOCH, EARLY, GARBAGE, FALSIFIED, KINDS };
+
+static const char *const kind_names[KINDS] = {"short", "sealed", "fatal", "closing", "warning",  "plain",
+                                              "ahead", "epoch",  "early", "garbage", "falsified"};
+
 /* Each client has a socket of its own towards the server. */
 static struct client {
     struct sockaddr_in addr;
@@ -55,7 +60,7 @@ static int late_len;
 static struct sockaddr_in server;
 static uint64_t seed = 1;
 static int loss, twice, late_percent, corrupt, up, down;
-static long passed, lost, doubled, held, damaged, forged;
+static long passed, lost, doubled, held, damaged, forged[KINDS];
 static volatile sig_atomic_t ended;
 
 static int64_t now_ms(void)
@@ -99,7 +104,7 @@ static size_t alert(uint8_t *p, int level, int description)
     return n;
 }
 
-/* The real one that follows, in p, made false. Plaintext handshake messages stay out of it, but for a number far ahead. */
+/* The real one that follows, in p, made false. A plaintext handshake message only gets a number far ahead. */
 static size_t falsify(uint8_t *p, size_t n)
 {
     if (n <= RECORD_HEADER)
@@ -116,33 +121,33 @@ static size_t falsify(uint8_t *p, size_t n)
 static size_t forge(uint8_t *p, const uint8_t *real, size_t n)
 {
     uint64_t ahead = (uint64_t)dice(1u << 16) << 24;
-    forged++;
-    switch (dice(13)) {
-    case 0:
-    case 1: /* no room for nonce and tag */
+    enum kind kind = dice(KINDS);
+    forged[kind]++;
+    switch (kind) {
+    case SHORT: /* no room for nonce and tag */
         return record(p, percent(50) ? DATA : ALERT, 1, ahead, 1 + dice(23));
-    case 2:
+    case SEALED:
         return record(p, DATA, 1, ahead, 24 + dice(100));
-    case 3:
-        return alert(p, 2, 40); /* fatal handshake_failure */
-    case 4:
+    case FATAL:
+        return alert(p, 2, 40); /* handshake_failure */
+    case CLOSING:
         return alert(p, 1, 0); /* close_notify */
-    case 5:
-        return alert(p, 1, 90); /* a warning: libssl takes four in a row */
-    case 6:
+    case WARNING:
+        return alert(p, 1, 90); /* libssl takes four in a row */
+    case PLAIN:
         return record(p, DATA, 0, dice(100), 1 + dice(100));
-    case 7:
+    case AHEAD:
         return record(p, HANDSHAKE, 0, ahead, 1 + dice(200)); /* not even a header that holds */
-    case 8:
+    case EPOCH:
         return record(p, DATA, 2 + (int)dice(3), dice(100), 40);
-    case 9: /* ChangeCipherSpec, early */
+    case EARLY: /* ChangeCipherSpec */
         record(p, CCS, 0, percent(50) ? ahead : dice(50), 1);
         p[RECORD_HEADER] = 1;
         return RECORD_HEADER + 1;
-    case 10: /* garbage */
+    case GARBAGE:
         record(p, (int)dice(256), (int)dice(65536), ahead, 100);
         return 1 + dice(RECORD_HEADER + 100);
-    default:
+    default: /* FALSIFIED */
         memcpy(p, real, n);
         return falsify(p, n);
     }
@@ -322,7 +327,9 @@ int main(int argc, char **argv)
     fflush(stdout);
     while (!ended)
         turn();
-    printf("%ld passed, %ld lost, %ld doubled, %ld late, %ld damaged, %ld forged\n", passed, lost, doubled, held,
-           damaged, forged);
+    printf("%ld passed, %ld lost, %ld doubled, %ld late, %ld damaged\nforged", passed, lost, doubled, held, damaged);
+    for (int kind = 0; kind < KINDS; kind++)
+        printf("%s %ld %s", kind ? "," : ":", forged[kind], kind_names[kind]);
+    printf("\n");
     return 0;
 }

@@ -102,8 +102,8 @@ static struct identity issue(long serial, const char *name, const char *usage)
 static int on_ssl_ctx(void *user, SSL_CTX *ctx)
 {
     const struct identity *id = user;
-    X509_STORE_add_cert(SSL_CTX_get_cert_store(ctx), ca.cert);
-    return SSL_CTX_use_certificate(ctx, id->cert) != 1 || SSL_CTX_use_PrivateKey(ctx, id->key) != 1;
+    return X509_STORE_add_cert(SSL_CTX_get_cert_store(ctx), ca.cert) != 1 ||
+           SSL_CTX_use_certificate(ctx, id->cert) != 1 || SSL_CTX_use_PrivateKey(ctx, id->key) != 1;
 }
 
 static void identity_free(struct identity *id)
