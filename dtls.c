@@ -116,6 +116,7 @@ struct dtls_timer {
     struct object object;
     dtls_loop *loop;
     struct timer timer;
+    bool dead;
 };
 
 struct dtls_watch {
@@ -256,7 +257,8 @@ static int backend_signal(struct signal_watch *s, bool on)
 {
     sigset_t set, old;
     sigemptyset(&set);
-    sigaddset(&set, s->signo);
+    if (sigaddset(&set, s->signo) < 0) /* no such signal */
+        return -1;
     if (!on) {
         int fd = s->watch->fd;
         dtls_watch_free(s->watch);
@@ -844,6 +846,7 @@ static void timer_end(struct object *o)
 {
     dtls_timer *t = (dtls_timer *)o;
     timer_done(t->loop, &t->timer);
+    t->dead = true; /* whoever still has it may set or free it until the end of the turn */
     loop_bury(t->loop, o);
 }
 
@@ -863,15 +866,16 @@ dtls_timer *dtls_timer_new(dtls_loop *l, void (*fn)(void *user), void *user)
 
 void dtls_timer_set(dtls_timer *t, int64_t delay_ms)
 {
+    const int64_t far_ms = INT64_MAX / 4000; /* the rest of the range is the clock's */
     if (delay_ms < 0)
         timer_stop(t->loop, &t->timer);
-    else
-        timer_set(t->loop, &t->timer, loop_now(t->loop) + delay_ms * 1000);
+    else if (!t->dead)
+        timer_set(t->loop, &t->timer, loop_now(t->loop) + (delay_ms < far_ms ? delay_ms : far_ms) * 1000);
 }
 
 void dtls_timer_free(dtls_timer *t)
 {
-    if (!t)
+    if (!t || t->dead)
         return;
     dtls_loop *l = t->loop;
     loop_enter(l);
@@ -944,7 +948,7 @@ int dtls_loop_signal(dtls_loop *l, int signo, void (*fn)(void *user, int signo),
     for (struct signal_watch *s = l->signals; s < l->signals + SIGNALS_MAX; s++)
         if (s->signo == signo || (!s->signo && !slot))
             slot = s;
-    if (signo < 1)
+    if (signo < 1 || signo == SIGKILL || signo == SIGSTOP)
         return DTLS_ERR_ARG;
     if (!fn && (!slot || !slot->signo))
         return 0;
@@ -2226,7 +2230,10 @@ static bool conn_read_name(dtls_conn *c, X509 *cert)
     int at = X509_NAME_get_index_by_NID(subject, NID_commonName, -1);
     unsigned char *utf8 = NULL;
     int n = at < 0 ? -1 : ASN1_STRING_to_UTF8(&utf8, X509_NAME_ENTRY_get_data(X509_NAME_get_entry(subject, at)));
-    for (int i = 0; i < n && i < NAME_MAX_BYTES; i++) { /* a name may hold anything: keep logs one line each */
+    int end = n < NAME_MAX_BYTES ? n : NAME_MAX_BYTES;
+    while (end > 0 && end < n && (utf8[end] & 0xc0) == 0x80) /* not in the middle of a character */
+        end--;
+    for (int i = 0; i < end; i++) { /* a name may hold anything: keep logs one line each */
         bool c1 = i > 0 && utf8[i - 1] == 0xc2 && utf8[i] < 0xa0; /* U+0080 to U+009F: terminals obey some */
         bool control = utf8[i] < 0x20 || utf8[i] == 0x7f || c1 || (utf8[i] == 0xc2 && utf8[i + 1] < 0xa0);
         c->peer_name[i] = (char)(control ? '?' : utf8[i]);
@@ -2839,7 +2846,8 @@ static bool ep_covered(const dtls_endpoint *ep, const dtls_addr *a)
         return false;
     for (struct object *o = ep->sockets.next; o != &ep->sockets; o = o->next) {
         const struct udp *u = (const struct udp *)o;
-        if (u->local.port == a->port && u->local.family == a->family && (u->wildcard || dtls_addr_equal(&u->local, a)))
+        if (!u->conn && u->local.port == a->port && u->local.family == a->family &&
+            (u->wildcard || dtls_addr_equal(&u->local, a)))
             return true;
     }
     return false;
@@ -2942,6 +2950,8 @@ static int conn_start(dtls_conn *c, const dtls_target *t, dtls_error *err)
     dtls_endpoint *ep = c->ep;
     char text[DTLS_ADDR_TEXT];
     dtls_addr_format(&t->peer, text, sizeof text);
+    if (!ep->cfg.send && ((t->peer.family != 4 && t->peer.family != 6) || t->peer.port == 0))
+        return fail(err, DTLS_ERR_ARG, "%s: no address to connect to", text);
     if (ep_check_purpose(ep, X509_PURPOSE_SSL_CLIENT, err) < 0)
         return DTLS_ERR_CERT;
     if (ep->counters.conns >= (size_t)ep->cfg.max_conns)
@@ -3141,8 +3151,8 @@ static int ctx_check_dates(SSL_CTX *ctx, const char *file, dtls_error *err)
     if (b && ASN1_TIME_print(b, expired ? to : from) == 1)
         BIO_read(b, date, sizeof date - 1);
     BIO_free(b);
-    return fail(err, DTLS_ERR_CERT, "%s: the certificate %s %s", file, expired ? "expired on" : "is not valid before",
-                date);
+    return fail(err, DTLS_ERR_CERT, "%.150s: the certificate %s %s", file,
+                expired ? "expired on" : "is not valid before", date);
 }
 
 static int ctx_load(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
@@ -3162,7 +3172,7 @@ static int ctx_load(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
         errors_clear();
         if (SSL_CTX_use_PrivateKey_file(ctx, cfg->key_file, SSL_FILETYPE_PEM) != 1) {
             if (ERR_GET_LIB(ERR_peek_last_error()) == ERR_LIB_X509)
-                return fail(err, DTLS_ERR_CERT, "%s: the key does not match %s", cfg->key_file, cfg->cert_file);
+                return fail(err, DTLS_ERR_CERT, "%.100s: the key does not match %.100s", cfg->key_file, cfg->cert_file);
             return fail(err, DTLS_ERR_CERT,
                         "%.150s: no private key in PEM form, or one with a password ('openssl pkey' removes it)",
                         cfg->key_file);
@@ -3177,6 +3187,8 @@ static int ctx_load(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
             return fail(err, DTLS_ERR_CERT, "%.150s: no CA certificate in PEM form", cfg->ca_file);
         }
         SSL_CTX_set_client_CA_list(ctx, names);
+    } else if (!cfg->on_ssl_ctx) {
+        return fail(err, DTLS_ERR_CERT, "a CA certificate is needed, or every peer is refused");
     }
     return 0;
 }
@@ -3184,6 +3196,7 @@ static int ctx_load(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
 /* After on_ssl_ctx, which may have changed anything: what the guard relies on must still hold. */
 static int ctx_check(SSL_CTX *ctx, dtls_error *err)
 {
+    SSL_CTX_clear_options(ctx, SSL_OP_NO_QUERY_MTU); /* with it libssl would not ask the BIO, and send nothing */
     STACK_OF(SSL_CIPHER) *ciphers = SSL_CTX_get_ciphers(ctx);
     for (int i = 0; i < sk_SSL_CIPHER_num(ciphers); i++) {
         const SSL_CIPHER *cipher = sk_SSL_CIPHER_value(ciphers, i);

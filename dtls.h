@@ -34,7 +34,7 @@
  * OpenSSL's work: it may post, but call nothing else here.
  *
  * Time is in milliseconds where a name ends in _ms. In the configuration 0 always means the default written beside the
- * field, and DTLS_NEVER switches a timer off.
+ * field, and DTLS_NEVER switches off what says so there.
  */
 #ifndef DTLS_H
 #define DTLS_H
@@ -131,7 +131,8 @@ void dtls_loop_free(dtls_loop *loop);
 /* Turns until dtls_loop_stop(). Returns 0, or DTLS_ERR_SYSTEM if the system's event call fails. */
 int dtls_loop_run(dtls_loop *loop);
 
-/* Makes dtls_loop_run() return after the present turn. From another thread: post a function that calls this. */
+/* Makes dtls_loop_run() return after the present turn, or at once if it was not called yet. From another thread: post a
+ * function that calls this. */
 void dtls_loop_stop(dtls_loop *loop);
 
 /* One turn: waits up to timeout_ms (-1: until something happens, 0: not at all; never past the next timer), runs what

@@ -5,7 +5,7 @@
 # failed, or if nothing passed.
 set -u
 cd "$(dirname -- "$0")" || exit 1
-programs='library unit edges memory loops threads simulate faults fuzz dropin e2e peers hostile'
+programs='library unit edges keyholder memory loops threads simulate faults fuzz dropin e2e peers hostile'
 more='valgrind coverage'
 mode=quick limit_s=300 # for each program
 worlds=1000            # simulated with an optimizing compiler, and
@@ -103,6 +103,7 @@ libssl=$(pkg-config --cflags --libs openssl 2>/dev/null) || libssl='-lssl -lcryp
 libedit=$(pkg-config --cflags --libs libedit 2>/dev/null) || libedit=-ledit
 if wanted unit; then build unit "$sanitize" tests/unit.c -pthread $libssl $libedit; fi
 if wanted edges; then build edges "$sanitize" tests/edges.c dtls.c -pthread $libssl; fi
+if wanted keyholder; then build keyholder "$sanitize" tests/keyholder.c dtls.c $libssl; fi
 if wanted memory; then build memory "$sanitize" tests/memory.c dtls.c -pthread $libssl; fi
 if wanted loops; then build loops "$sanitize" tests/loops.c dtls.c -pthread $libssl; fi
 if wanted simulate; then
@@ -127,6 +128,7 @@ sh certs/certs.sh all >"$scratch/certs.log" 2>&1 || {
 run library '' sh tests/library.sh
 run unit tests/build/unit tests/build/unit "$CERTS_DIR"
 run edges tests/build/edges tests/build/edges "$CERTS_DIR"
+run keyholder tests/build/keyholder tests/build/keyholder
 run memory tests/build/memory tests/build/memory "$CERTS_DIR"
 run loops tests/build/loops tests/build/loops "$CERTS_DIR"
 run threads tests/build/threads tests/build/threads "$CERTS_DIR"

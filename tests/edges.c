@@ -22,8 +22,13 @@ enum {
     DATAGRAM_BYTES = 17000,
     TURN_MS = 10,
     PATIENCE_TURNS = 6000,
+    POLL_MS = 50, /* real time, where sockets are */
+    POLLS = 100,
+    TIMERS = 70, /* the heap has room for 63 and grows then */
+    BURST = 40,  /* messages, more than one system call reads */
     POSTS_MAX = 65536,
-    SIGNALS_MAX = 16
+    SIGNALS_MAX = 16,
+    NO_SIGNAL = 9999
 };
 
 static int failed;
@@ -49,7 +54,8 @@ struct side {
     int end_endpoint;       /* the endpoint, or else its first connection */
     const struct identity *id;
     const char *ciphers;
-    int trusting; /* its hook switches verification off */
+    int trusting;                /* its hook switches verification off, */
+    uint64_t options, no_option; /* sets and clears these */
 };
 
 static struct datagram {
@@ -126,6 +132,8 @@ static int with_identity(void *user, SSL_CTX *ctx)
     const struct side *s = user;
     if (s->trusting)
         SSL_CTX_set_verify(ctx, SSL_VERIFY_NONE, NULL);
+    SSL_CTX_set_options(ctx, s->options);
+    SSL_CTX_clear_options(ctx, s->no_option);
     return on_ssl_ctx((void *)(uintptr_t)s->id, ctx) || (s->ciphers && SSL_CTX_set_cipher_list(ctx, s->ciphers) != 1);
 }
 
@@ -288,6 +296,57 @@ static void test_loop(void)
     dtls_loop_free(loop);
 }
 
+static dtls_timer *own_timer;
+static int own_fired;
+
+static void free_own_timer(void *user)
+{
+    (void)user;
+    own_fired++;
+    dtls_timer_free(own_timer);
+    dtls_timer_free(own_timer);
+    dtls_timer_set(own_timer, 0);
+}
+
+static void stop_timer(void *other)
+{
+    own_fired++;
+    dtls_timer_set(other, -1);
+}
+
+static void test_stopped_timer(void)
+{
+    loop = dtls_loop_new(&(dtls_loop_config){.now_us = virtual_now});
+    dtls_timer *second = dtls_timer_new(loop, free_own_timer, NULL);
+    dtls_timer *first = dtls_timer_new(loop, stop_timer, second);
+    own_fired = 0;
+    dtls_timer_set(first, 0);
+    dtls_timer_set(second, 0);
+    dtls_loop_poll(loop, 0);
+    check(own_fired == 1 && dtls_loop_timeout(loop) == -1, "a timer stopped by another one of the same turn");
+    dtls_loop_free(loop);
+}
+
+/* Memory goes away at the end of the turn, so until then a freed timer may be met again. */
+static void test_freed_timers(void)
+{
+    int timeout = 0;
+    own_fired = 0;
+    loop = dtls_loop_new(&(dtls_loop_config){.now_us = virtual_now});
+    for (int i = 0; i < TIMERS; i++) {
+        dtls_timer_set(dtls_timer_new(loop, nothing, NULL), INT64_MAX);
+        own_timer = dtls_timer_new(loop, free_own_timer, NULL);
+        dtls_timer_set(own_timer, 0);
+        dtls_loop_poll(loop, 0);
+        dtls_loop_poll(loop, 0);
+        timeout = dtls_loop_timeout(loop);
+    }
+    check(own_fired == TIMERS && timeout == INT_MAX, "a timer freed in its own callback, twice, and set");
+    int posted = dtls_loop_post(loop, free_own_timer, NULL);
+    dtls_loop_free(loop);
+    check(posted == 0 && own_fired == TIMERS, "what is posted to a loop that is freed is not called");
+}
+
 static dtls_watch *watches[2];
 static int fired;
 
@@ -300,6 +359,14 @@ static void free_both(void *user, int fd, unsigned events)
     dtls_watch_free(watches[1]);
 }
 
+static void silence_both(void *user, int fd, unsigned events)
+{
+    (void)user, (void)fd, (void)events;
+    fired++;
+    dtls_watch_set(watches[0], 0);
+    dtls_watch_set(watches[1], 0);
+}
+
 static void test_watches(void)
 {
     int ends[2][2];
@@ -307,6 +374,13 @@ static void test_watches(void)
     for (int i = 0; i < 2; i++) {
         if (pipe(ends[i]) != 0 || write(ends[i][1], "x", 1) != 1)
             exit(1);
+        watches[i] = dtls_watch_new(loop, ends[i][0], DTLS_READ, silence_both, NULL);
+    }
+    dtls_loop_poll(loop, 1000);
+    check(fired == 1, "a watch set to nothing in another one's callback is silent at once");
+    fired = 0;
+    for (int i = 0; i < 2; i++) {
+        dtls_watch_free(watches[i]);
         watches[i] = dtls_watch_new(loop, ends[i][0], DTLS_READ, free_both, NULL);
     }
     dtls_loop_poll(loop, 1000);
@@ -352,6 +426,10 @@ static void test_signals(void)
     sigprocmask(SIG_UNBLOCK, &set, NULL);
     loop = dtls_loop_new(NULL);
     check(dtls_loop_signal(loop, 0, count_signal, NULL) == DTLS_ERR_ARG, "signal 0 is none");
+    check(dtls_loop_signal(loop, NO_SIGNAL, count_signal, NULL) < 0 &&
+              dtls_loop_signal(loop, SIGKILL, count_signal, NULL) == DTLS_ERR_ARG &&
+              dtls_loop_signal(loop, SIGSTOP, count_signal, NULL) == DTLS_ERR_ARG,
+          "a signal that does not exist, two that nobody can catch");
     dtls_loop_free(loop);
 }
 
@@ -422,6 +500,7 @@ static void write_text(const char *name, const char *text)
 static void make_files(void)
 {
     struct identity expired = issue(10, "expired", "serverAuth"), early = issue(11, "early", "serverAuth");
+    struct identity both = issue(12, "both", "serverAuth,clientAuth");
     if (!mkdtemp(folder) || mkdir(file("folder"), 0700) != 0)
         exit(1);
     ASN1_TIME_set_string(X509_getm_notAfter(expired.cert), "20210101000000Z");
@@ -436,16 +515,19 @@ static void make_files(void)
     write_cert("expired", &expired);
     write_key("expired-key", &expired, NULL);
     write_cert("early", &early);
+    write_cert("both", &both);
+    write_key("both-key", &both, NULL);
     write_text("empty", "");
     write_text("text", "no PEM\n");
+    identity_free(&both);
     identity_free(&expired);
     identity_free(&early);
 }
 
 static void remove_files(void)
 {
-    static const char *const names[] = {"ca",      "cert",        "key",   "other-key", "locked-key",
-                                        "expired", "expired-key", "early", "empty",     "text"};
+    static const char *const names[] = {"ca",          "cert",  "key",   "other-key", "locked-key", "expired",
+                                        "expired-key", "early", "empty", "text",      "both",       "both-key"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         unlink(file(names[i]));
     rmdir(file("folder"));
@@ -462,6 +544,20 @@ static int with_cbc(void *user, SSL_CTX *ctx)
 {
     (void)user;
     return SSL_CTX_set_cipher_list(ctx, "ECDHE-ECDSA-AES128-SHA") != 1;
+}
+
+/* The reason stands at the end, and the end must not be lost to a path of any length. */
+static void test_long_path(void)
+{
+    char path[300];
+    dtls_config cfg = {.cert_file = path, .key_file = file("expired-key"), .ca_file = file("ca")};
+    snprintf(path, sizeof path, "%s", folder);
+    while (strlen(path) < sizeof path - 12)
+        strcat(path, "/.");
+    strcat(path, "/expired");
+    loop = dtls_loop_new(NULL);
+    check(refused(cfg, DTLS_ERR_CERT, "expired on"), "the reason is there however long the path");
+    dtls_loop_free(loop);
 }
 
 static int with_cert(void *user, SSL_CTX *ctx)
@@ -497,6 +593,8 @@ static void test_files(void)
     check(refused((dtls_config){.ca_file = good.ca_file}, DTLS_ERR_CERT, "needed"), "no certificate at all");
     check(refused((dtls_config){.cert_file = good.cert_file}, DTLS_ERR_CERT, "needed"), "a certificate and no key");
     check(refused((dtls_config){.on_ssl_ctx = with_cert}, DTLS_ERR_CERT, "needed"), "the same by a hook");
+    check(refused((dtls_config){.cert_file = good.cert_file, .key_file = good.key_file}, DTLS_ERR_CERT, "CA"),
+          "nobody to trust");
     check(refused((dtls_config){.key_file = good.key_file}, DTLS_ERR_CERT, "needed"), "a key and no certificate");
     dtls_loop_free(loop);
 }
@@ -557,11 +655,77 @@ static void test_listening(void)
     check(dtls_endpoint_listen(ep, &again, &err) == 1, "the same address again is covered");
     check(dtls_endpoint_listen(other, &again, &err) == DTLS_ERR_SYSTEM && strstr(err.text, strerror(EADDRINUSE)),
           "an address in use");
+    dtls_addr any = address("0.0.0.0:0"), both = address("[::]:0");
+    int first = dtls_endpoint_listen(ep, &any, &err);
+    both.port = any.port;
+    check(first == 0 && dtls_endpoint_listen(ep, &both, &err) == 0 && dtls_endpoint_listen(ep, &both, &err) == 1,
+          "[::]:p behind 0.0.0.0:p adds what that leaves out");
     dtls_addr six = {.family = 6, .port = a.port};
     check(dtls_endpoint_listen(other, &six, &err) == DTLS_ERR_SYSTEM, "[::]:p where 127.0.0.1:p is another's");
     check(dtls_endpoint_listen(other, &everywhere, &err) == 0 && everywhere.port != 0, "[::]:0 finds a port for both");
     dtls_addr four = {.family = 4, .port = everywhere.port, .ip = {127, 0, 0, 1}};
     check(dtls_endpoint_listen(other, &four, &err) == 1, "and covers IPv4");
+    dtls_loop_free(loop);
+}
+
+/* A client's own socket has an address, too, and does not listen. */
+static void test_listening_on_own(void)
+{
+    dtls_error err = {0};
+    dtls_info info;
+    loop = dtls_loop_new(&(dtls_loop_config){.now_us = virtual_now});
+    dtls_endpoint *ep = dtls_endpoint_new(
+        loop, &(dtls_config){.cert_file = file("both"), .key_file = file("both-key"), .ca_file = file("ca")}, &err);
+    dtls_target t = {.peer = address("127.0.0.1:9")}, none = {0}, no_port = {.peer = address("127.0.0.1:0")};
+    dtls_conn *c = ep ? dtls_endpoint_connect(ep, &t, &err) : NULL;
+    if (!c) {
+        printf("not ok - edges endpoint in both roles: %s\n", err.text);
+        exit(1);
+    }
+    dtls_conn_info(c, &info);
+    check(dtls_endpoint_listen(ep, &info.local, &err) == DTLS_ERR_SYSTEM, "a client's own address is not listened on");
+    check(!dtls_endpoint_connect(ep, &none, &err) && err.code == DTLS_ERR_ARG &&
+              !dtls_endpoint_connect(ep, &no_port, &err) && err.code == DTLS_ERR_ARG,
+          "connecting to no address, to no port");
+    dtls_loop_free(loop);
+}
+
+static dtls_endpoint *burst_server, *burst_client;
+static dtls_conn *burst_conn;
+static int burst_messages, burst_closed;
+
+static void free_at_message(dtls_conn *conn, dtls_event event, const void *data, size_t len)
+{
+    dtls_info info;
+    (void)data, (void)len;
+    dtls_conn_info(conn, &info);
+    burst_closed += event == DTLS_EV_CLOSED;
+    if (event == DTLS_EV_CONNECTED && !info.server)
+        burst_conn = conn;
+    if (event != DTLS_EV_MESSAGE)
+        return;
+    burst_messages++;
+    dtls_endpoint_free(burst_server);
+    dtls_endpoint_free(burst_client);
+}
+
+/* The other datagrams of the same system call, and the other socket's events of the same turn, find nobody. */
+static void test_freed_in_a_burst(void)
+{
+    dtls_error err = {0};
+    loop = dtls_loop_new(&(dtls_loop_config){.now_us = virtual_now});
+    burst_server = socket_endpoint("server", (dtls_config){.on_event = free_at_message});
+    burst_client = socket_endpoint("client", (dtls_config){.on_event = free_at_message});
+    dtls_addr a = address("127.0.0.1:0");
+    int good = dtls_endpoint_listen(burst_server, &a, &err) == 0 &&
+               dtls_endpoint_connect(burst_client, &(dtls_target){.peer = a}, &err);
+    for (int i = 0; i < POLLS && good && !burst_conn; i++)
+        dtls_loop_poll(loop, POLL_MS);
+    for (int i = 0; i < BURST && burst_conn; i++)
+        dtls_conn_send(burst_conn, "x", 1);
+    for (int i = 0; i < POLLS && burst_conn && burst_closed < 2; i++)
+        dtls_loop_poll(loop, POLL_MS);
+    check(burst_messages == 1 && burst_closed == 2, "both ends freed at the first of many messages");
     dtls_loop_free(loop);
 }
 
@@ -787,7 +951,10 @@ static void test_sending(void)
     send_refuses = 1;
     check(dtls_conn_send(c, "lost", 4) == DTLS_ERR_AGAIN, "a transport that takes nothing now");
     send_refuses = 0;
-    check(dtls_conn_send(c, "kept", 4) == 0 && wait_for(&server.messages, 1) && !client.closed, "and takes the next");
+    dtls_info info;
+    int kept = dtls_conn_send(c, "kept!", 5) == 0 && wait_for(&server.messages, 1) && !client.closed;
+    dtls_conn_info(server.conn, &info);
+    check(kept && info.messages_in == 1 && info.bytes_in == 5, "and takes the next, without the one it refused");
     stop();
 }
 
@@ -859,6 +1026,8 @@ static void say_hello(dtls_conn *conn, void *user)
     dtls_conn_send(conn, "hello", 5);
 }
 
+#define UMLAUTS "\xc3\xbc\xc3\xbc\xc3\xbc\xc3\xbc\xc3\xbc\xc3\xbc\xc3\xbc\xc3\xbc"
+
 static void test_names(void)
 {
     static const struct {
@@ -872,7 +1041,11 @@ static void test_names(void)
                   "31m",
                   10, "a?b?c??31m", "control characters in a peer's name"},
                  {"sixty-four characters are what a common name may have at the most", 64,
-                  "sixty-four characters are what a common name may have at the mos", "a name of 64 characters"}};
+                  "sixty-four characters are what a common name may have at the mos", "a name of 64 characters"},
+                 {"thirty characters and umlauts: " UMLAUTS UMLAUTS, 63,
+                  "thirty characters and umlauts: " UMLAUTS UMLAUTS, "a name in UTF-8 that just fits"},
+                 {"thirty characters and umlauts: " UMLAUTS UMLAUTS UMLAUTS, 79,
+                  "thirty characters and umlauts: " UMLAUTS UMLAUTS, "a longer one is cut between characters"}};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         struct identity id = issue_as(names[i].name, names[i].length, 0);
         client.id = &id;
@@ -901,6 +1074,23 @@ static void test_sessions(void)
     SSL_SESSION *session = first_session();
     connect_client(session, NULL);
     check(wait_for(&client.connected, 2) && !client.resumed, "no cache, no resumption");
+    SSL_SESSION_free(session);
+    stop();
+
+    start((dtls_config){.session_cache = 1}, (dtls_config){0});
+    SSL_SESSION *first = first_session();
+    connect_client(NULL, NULL);
+    wait_for(&client.connected, 2);
+    session = dtls_conn_session(client.conn);
+    dtls_conn_close(client.conn);
+    wait_for(&server.closed, 2);
+    connect_client(session, NULL);
+    int last = wait_for(&client.connected, 3) && client.resumed;
+    dtls_conn_close(client.conn);
+    wait_for(&server.closed, 3);
+    connect_client(first, NULL);
+    check(last && wait_for(&client.connected, 4) && !client.resumed, "a cache of one keeps the last session");
+    SSL_SESSION_free(first);
     SSL_SESSION_free(session);
     stop();
 
@@ -942,6 +1132,23 @@ static void test_stale_cookie(void)
               i ? "a stale cookie is answered with a new one" : "a cookie is good for its time");
         stop();
     }
+}
+
+static void test_hooks(void)
+{
+    server.options = SSL_OP_NO_QUERY_MTU;
+    start((dtls_config){0}, (dtls_config){0});
+    check(connected(), "a hook that would keep libssl from asking for the MTU");
+    stop();
+
+    server.no_option = client.no_option = SSL_OP_NO_TICKET;
+    start((dtls_config){0}, (dtls_config){0});
+    SSL_SESSION *session = first_session();
+    int ticket = SSL_SESSION_has_ticket(session);
+    connect_client(session, NULL);
+    check(ticket && wait_for(&client.connected, 2) && client.resumed, "a hook that wants tickets: they resume");
+    SSL_SESSION_free(session);
+    stop();
 }
 
 /* ---- one endpoint in both roles ---- */
@@ -1027,11 +1234,16 @@ int main(int argc, char **argv)
     test_texts();
     test_addresses();
     test_loop();
+    test_stopped_timer();
+    test_freed_timers();
     test_watches();
     test_signals();
     test_ranges();
     test_files();
+    test_long_path();
     test_listening();
+    test_listening_on_own();
+    test_freed_in_a_burst();
     test_odd_datagrams();
     test_end_in_a_batch();
     test_connecting();
@@ -1043,6 +1255,7 @@ int main(int argc, char **argv)
     test_names();
     test_sessions();
     test_no_verification();
+    test_hooks();
     test_stale_cookie();
     test_both_roles();
     test_ends();
