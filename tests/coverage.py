@@ -5,7 +5,7 @@
 
 Each test program is built with --coverage and runs; what each of them took of a branch is added up. Prints the share of
 branches taken and, by line, those that were not, with the reason that tests/uncovered.txt gives. Fails where the share is
-below the goal, where a branch that was not taken has no reason, and where a reason speaks of a line that is gone.
+below the goal, and where a branch that was not taken has no reason.
 """
 
 import collections
@@ -128,8 +128,10 @@ def report(taken, functions):
         print(f"# coverage: {line}: {function}: {text}: {reason or 'no reason given'}")
     print(f"# coverage: {share:.1f} % of {len(library)} branches in the library part of dtls.c were taken, "
           f"{len(missed)} lines have some that were not")
-    for function, text in reasons:
-        print(f"# coverage: reason for a line that is gone or covered: {function}: {text}")
+    lines = {line.strip() for line in source}
+    for function, text in reasons:  # what the faults' sample takes depends on the OpenSSL: those may be covered
+        if text not in lines:
+            print(f"# coverage: reason for a line that is gone: {function}: {text}")
     good = share >= GOAL_PERCENT and not unexplained
     print(f"{'ok' if good else 'not ok'} - coverage of {GOAL_PERCENT} % of the branches, the rest explained")
     return good
