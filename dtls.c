@@ -1528,7 +1528,7 @@ struct dtls_conn {
     int mtu;                                                      /* the link's, as far as known */
     bool output;                                                  /* libssl wrote a datagram since this was cleared */
 
-    uint8_t hello_random[HELLO_RANDOM];
+    uint8_t hello_random[HELLO_RANDOM]; /* of the peer's hello, ClientHello or ServerHello */
     size_t overhead;
     int64_t started, deadline; /* microseconds, as all times here */
     int64_t hint_at;           /* when somebody claimed that the peer refuses us; 0: nobody */
@@ -1537,8 +1537,8 @@ struct dtls_conn {
     int64_t step_at;
     SSL_SESSION *session; /* a client's to resume, while in handshake */
     char *name;           /* a client expects it in the certificate; NULL: the peer's IP address */
-    int64_t answer_us;    /* until the first plausible answer: about a round trip */
-    bool heard;           /* a plausible record came */
+    int64_t asked_at;     /* a client's ClientHello that waits for its answer began to do so */
+    int64_t answer_us;    /* the quickest answer to one: about a round trip */
     bool answered;        /* a client's first ClientHello was */
     bool cookie_seen;     /* by a HelloVerifyRequest: such a server takes a new start for what it is */
     int64_t restart_at;   /* a client's SSL failed: when the next one takes over; 0: it did not */
@@ -1668,6 +1668,14 @@ static void guard_hint(dtls_conn *c, int alert, const char *format, const char *
     conn_arm(c);
 }
 
+/* A ServerHello's random, if this is its first fragment; it tells one handshake of a server's from another. */
+static const uint8_t *guard_server_random(const struct record *r)
+{
+    const uint8_t *p = r->body;
+    bool there = p[0] == SERVER_HELLO && load24(p + 6) == 0 && load24(p + 9) >= 2 + HELLO_RANDOM;
+    return there ? p + HANDSHAKE_HEADER + 2 : NULL;
+}
+
 static bool guard_is_hello(const struct record *r)
 {
     return r->epoch == 0 && r->type == TYPE_HANDSHAKE &&
@@ -1675,14 +1683,18 @@ static bool guard_is_hello(const struct record *r)
 }
 
 /* After a new start, or where another one had our address, what the server sent in an earlier handshake still arrives; a
- * message of it that libssl keeps for later would spoil this one. Nobody can tell them apart, but only the right ones
- * come in this order. */
+ * message of it that libssl keeps for later would spoil this one. Of the last one we know the ServerHello; otherwise
+ * nobody can tell them apart, but only the right ones come in this order. */
 static bool guard_leftover(const dtls_conn *c, const struct record *r)
 {
     if (c->server || SSL_get_state(c->ssl) != TLS_ST_CW_CLNT_HELLO)
         return false;
-    if (guard_is_hello(r))
+    if (guard_is_hello(r)) {
+        const uint8_t *random = guard_server_random(r);
+        if (random && c->restarts > 0 && memcmp(random, c->hello_random, HELLO_RANDOM) == 0)
+            return true;
         return !c->answered && load16(r->body + 4) != 0;
+    }
     return !c->answered || c->restarts > 0;
 }
 
@@ -2160,6 +2172,7 @@ static void conn_restart(dtls_conn *c)
     c->early = c->fallbacks = c->resent = 0; /* what is known of the MTU stays */
     c->in_sequence = 0;
     c->step = TLS_ST_BEFORE;
+    c->asked_at = loop_now(c->loop);
     c->answered = c->cookie_seen = false;
     c->restart_at = c->hint_at = 0;
     conn_log(c, DTLS_LOG_DEBUG, "begins its handshake anew");
@@ -2378,6 +2391,23 @@ static void conn_give(dtls_conn *c, const uint8_t *p, size_t n, bool renumber)
     c->in = NULL;
 }
 
+/* A ClientHello has its answer. That took a round trip, and longer if any was lost: the quickest tells most. */
+static void conn_answered(dtls_conn *c, const struct record *r)
+{
+    bool cookie = r->body[0] == HELLO_VERIFY_REQUEST;
+    const uint8_t *random = guard_server_random(r);
+    int64_t now = loop_now(c->loop), took = now - c->asked_at;
+    if (SSL_get_state(c->ssl) != TLS_ST_CW_CLNT_HELLO || (cookie && c->cookie_seen))
+        return; /* a repeated one */
+    if (c->answer_us == 0 || took < c->answer_us)
+        c->answer_us = took;
+    if (random)
+        memcpy(c->hello_random, random, HELLO_RANDOM);
+    c->asked_at = c->step_at = now;
+    c->answered = true;
+    c->cookie_seen = c->cookie_seen || cookie;
+}
+
 /* One datagram through the guard. In a handshake each record goes alone, since one may change what the next one is held
  * against; later whole runs of good records go, most often the datagram as it is. */
 static void conn_input(dtls_conn *c, const uint8_t *p, size_t n)
@@ -2398,11 +2428,8 @@ static void conn_input(dtls_conn *c, const uint8_t *p, size_t n)
             if (p > run)
                 conn_give(c, run, (size_t)(p - run), false);
         } else if (drop < 0) {
-            if (!c->heard)
-                c->answer_us = loop_now(c->loop) - c->started;
-            c->heard = true;
-            c->answered = c->answered || guard_is_hello(&r);
-            c->cookie_seen = c->cookie_seen || (guard_is_hello(&r) && r.body[0] == HELLO_VERIFY_REQUEST);
+            if (guard_is_hello(&r))
+                conn_answered(c, &r);
             c->hint_at = 0;
             conn_give(c, p, r.size, r.epoch == 0);
         }
@@ -2455,7 +2482,9 @@ static void conn_handshake_timer(dtls_conn *c, int64_t now)
             c->resent++;
             c->ep->counters.retransmissions++;
             conn_log(c, DTLS_LOG_DEBUG, "did not answer in time: flight sent again");
-        } else if (r < 0) { /* libssl gives up after 12 */
+        } else if (r < 0 && !c->server) { /* libssl gives up after 12; we do so at the deadline */
+            conn_restart(c);
+        } else if (r < 0) {
             conn_timed_out(c, now);
         }
     }
@@ -2788,7 +2817,6 @@ static void ep_hello(dtls_endpoint *ep, struct udp *u, const struct record *r, c
     c->started = loop_now(ep->loop);
     c->deadline = c->started + us(ep->cfg.handshake_timeout_ms);
     c->in_sequence = r->sequence + 1;
-    c->heard = true;
     DTLS_set_timer_cb(c->ssl, conn_retransmit_us); /* listening cleared it */
     conn_drive(c);
 }
@@ -2998,7 +3026,7 @@ dtls_conn *dtls_endpoint_connect(dtls_endpoint *ep, const dtls_target *t, dtls_e
         c->peer = t->peer;
         c->local = t->local;
         c->user = t->user;
-        c->started = loop_now(ep->loop);
+        c->started = c->asked_at = loop_now(ep->loop);
         c->deadline = c->started + us(ep->cfg.handshake_timeout_ms);
         if (conn_start(c, t, err) == 0) {
             conn_arm(c);

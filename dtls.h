@@ -200,8 +200,8 @@ typedef struct dtls_config {
 
     /* Timers. Retransmission waits grow by half from the first value to the largest (RFC 6347 section 4.2.4). */
     int retransmit_ms;        /* 250 */
-    int retransmit_max_ms;    /* 6,000; at most 1,000 until the first ClientHello is answered. OpenSSL gives up after */
-                              /* 12 retransmissions in a row */
+    int retransmit_max_ms;    /* 6,000; at most 1,000 until the first ClientHello is answered. After 12 in a */
+                              /* row OpenSSL gives up: a server ends it, a client begins anew */
     int handshake_timeout_ms; /* 30,000: gives up on a handshake */
     int idle_ms;              /* silence before DTLS_EV_IDLE; 0 and DTLS_NEVER: no such event */
     int idle_repeat_ms;       /* 5,000: between repeated DTLS_EV_IDLE */

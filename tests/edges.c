@@ -1177,11 +1177,14 @@ static void test_both_roles(void)
 
 static void test_ends(void)
 {
-    start((dtls_config){0}, (dtls_config){.handshake_timeout_ms = 3600000});
+    start((dtls_config){0}, (dtls_config){0});
     wire_lost = 1;
     connect_client(NULL, NULL);
-    check(wait_for(&client.closed, 1) && client.reason == DTLS_CLOSE_TIMEOUT,
-          "twelve retransmissions, then it is over");
+    for (int64_t late_us = now_us + 20000000; now_us < late_us;) /* by then libssl has given up, after 12 times */
+        turn();
+    wire_lost = 0;
+    check(wait_for(&client.connected, 1) && client.closed == 0,
+          "a server that answers late is asked until the deadline");
     stop();
 
     start((dtls_config){.max_conns = 2, .max_handshakes = 2}, (dtls_config){.handshake_timeout_ms = 1000});
