@@ -73,14 +73,17 @@
 #include <openssl/x509v3.h>
 
 #if defined(__linux__) && !defined(DTLS_USE_KQUEUE)
+#define BACKEND "epoll"
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/signalfd.h>
 #else
-#include <sys/event.h>
+#define BACKEND "kqueue"
 #ifndef DTLS_USE_KQUEUE
 #define DTLS_USE_KQUEUE
 #endif
+#include <sys/event.h>
+#include <sys/stat.h>
 #endif
 
 #if OPENSSL_VERSION_NUMBER < 0x30000000L
@@ -326,13 +329,21 @@ static int backend_watch(dtls_watch *w, unsigned events)
 {
     static const short filter[2] = {EVFILT_READ, EVFILT_WRITE};
     static const unsigned bit[2] = {DTLS_READ, DTLS_WRITE};
-    for (int i = 0; i < 2; i++) {
-        if ((w->events & bit[i]) == (events & bit[i]))
-            continue;
-        unsigned short flags = events & bit[i] ? EV_ADD : EV_DELETE;
-        if (backend_change(w->loop, (uintptr_t)w->fd, filter[i], flags, 0, w) < 0)
-            return -1;
+    unsigned was = w->events;
+    struct stat st;
+    if (events && fstat(w->fd, &st) == 0 && S_ISREG(st.st_mode)) { /* kqueue takes it, and is silent at its end */
+        errno = EPERM;
+        return -1;
     }
+    for (int i = 0; i < 2; i++)
+        if (events & ~was & bit[i] && backend_change(w->loop, (uintptr_t)w->fd, filter[i], EV_ADD, 0, w) < 0) {
+            if (i > 0 && events & ~was & bit[0]) /* both or none */
+                backend_change(w->loop, (uintptr_t)w->fd, filter[0], EV_DELETE, 0, w);
+            return -1;
+        }
+    for (int i = 0; i < 2; i++)
+        if (was & ~events & bit[i] && backend_change(w->loop, (uintptr_t)w->fd, filter[i], EV_DELETE, 0, w) < 0)
+            return -1;
     return 0;
 }
 
@@ -357,15 +368,21 @@ static int backend_wait(dtls_loop *l, int timeout_ms)
     return n < 0 && errno != EINTR ? -1 : 0;
 }
 
-/* EVFILT_SIGNAL counts a signal even while it is ignored, so ignoring it is what blocking is to a signalfd. */
+/* EVFILT_SIGNAL counts what a handler gets as well. Not SIG_IGN: programs that we start would inherit it, and ignoring
+ * SIGCHLD takes their exit status away. */
+static void backend_signal_caught(int signo)
+{
+    (void)signo;
+}
+
 static int backend_signal(struct signal_watch *s, bool on)
 {
-    struct sigaction ignore = {.sa_handler = SIG_IGN};
+    struct sigaction caught = {.sa_handler = backend_signal_caught, .sa_flags = SA_RESTART};
     if (!on) {
         sigaction(s->signo, &s->was, NULL);
         return backend_change(s->loop, (uintptr_t)s->signo, EVFILT_SIGNAL, EV_DELETE, 0, NULL);
     }
-    if (sigaction(s->signo, &ignore, &s->was) < 0)
+    if (sigaction(s->signo, &caught, &s->was) < 0)
         return -1;
     if (backend_change(s->loop, (uintptr_t)s->signo, EVFILT_SIGNAL, EV_ADD, 0, s) == 0)
         return 0;
@@ -376,7 +393,7 @@ static int backend_signal(struct signal_watch *s, bool on)
 #endif
 
 /* UDP: how a wildcard socket tells and chooses its local IPv4 address. */
-#if defined(__linux__) || defined(__APPLE__)
+#ifndef IP_SENDSRCADDR
 
 #define LOCAL4_RECV IP_PKTINFO /* the option that asks for it */
 #define LOCAL4_TYPE IP_PKTINFO /* the message that brings it */
@@ -420,7 +437,7 @@ static bool local4_get(const local4 *info, uint8_t ip[4])
 
 #endif
 
-#ifdef __linux__
+#ifndef DTLS_USE_KQUEUE
 
 typedef struct mmsghdr batch_msg;
 
@@ -3325,7 +3342,6 @@ dtls_endpoint *dtls_endpoint_new(dtls_loop *l, const dtls_config *config, dtls_e
 #include <locale.h>
 #include <netdb.h>
 #include <sys/ioctl.h>
-#include <sys/stat.h>
 #include <termios.h>
 #include <wchar.h>
 #include <wctype.h>
@@ -4491,12 +4507,11 @@ static int client_resolve(struct client *cl, const char *text, dtls_error *err)
     return 0;
 }
 
-/* On a terminal the editor; otherwise plain lines, watched unless it is a file, which the system calls always readable
- * (kqueue) or refuses to watch (epoll). */
+/* On a terminal the editor; otherwise plain lines, watched unless the system refuses: files, /dev/null and their like never
+ * block. */
 static int client_open_input(struct client *cl)
 {
     const char *term = getenv("TERM");
-    struct stat st;
     if (isatty(STDIN_FILENO) && isatty(STDOUT_FILENO) && term && *term && strcmp(term, "dumb") != 0) {
         cl->editor = calloc(1, sizeof *cl->editor);
         if (!cl->editor || !editor_open(cl->editor)) {
@@ -4513,12 +4528,10 @@ static int client_open_input(struct client *cl)
             return complain(1, "the terminal cannot be watched");
         return 0;
     }
-    if (fstat(STDIN_FILENO, &st) == 0 && S_ISREG(st.st_mode))
-        return 0;
     cl->input = dtls_watch_new(cl->loop, STDIN_FILENO, 0, client_readable, cl);
     if (cl->input && dtls_watch_set(cl->input, DTLS_READ) == 0 && dtls_watch_set(cl->input, 0) == 0)
         return 0;
-    dtls_watch_free(cl->input); /* /dev/null and its like: never block either */
+    dtls_watch_free(cl->input);
     cl->input = NULL;
     return 0;
 }
@@ -4592,7 +4605,7 @@ int main(int argc, char **argv)
     if (o.help)
         fputs(usage_text, stdout);
     else if (o.version)
-        printf("dtls %s, %s\n", dtls_version(), OpenSSL_version(OPENSSL_VERSION));
+        printf("dtls %s, %s, %s\n", dtls_version(), OpenSSL_version(OPENSSL_VERSION), BACKEND);
     else
         return o.server ? server_main(&o) : client_main(&o);
     return fflush(stdout) == 0 ? 0 : 1;

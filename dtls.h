@@ -155,7 +155,7 @@ int64_t dtls_loop_now(const dtls_loop *loop);
  * DTLS_ERR_AGAIN while 65,536 functions are waiting. The loop must outlive the call. */
 int dtls_loop_post(dtls_loop *loop, void (*fn)(void *arg), void *arg);
 
-/* Calls fn when the process gets the signal (signalfd or EVFILT_SIGNAL: the signal is blocked or ignored for as long as
+/* Calls fn when the process gets the signal (signalfd or EVFILT_SIGNAL: the signal is blocked or caught for as long as
  * it is watched, so call this before starting threads). fn NULL: no longer. At most 16. Returns 0 or an error. */
 int dtls_loop_signal(dtls_loop *loop, int signo, void (*fn)(void *user, int signo), void *user);
 

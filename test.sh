@@ -1,11 +1,12 @@
 #!/bin/sh
-# Builds everything under sanitizers and runs every test: ./test.sh [all] [PROGRAM]
+# Builds everything under sanitizers and runs every test: ./test.sh [all | kqueue] [PROGRAM]
 # With "all" everything that is sampled otherwise (simulated worlds, injected faults, fuzzing, floods) runs at full length,
-# and valgrind and coverage besides: about half an hour. The last line counts the results; the exit status is 1 if anything
-# failed, or if nothing passed.
+# and valgrind and coverage besides: about half an hour. With "kqueue" the same tests as without it run on the kqueue
+# backend, which tests/kqueue lets Linux have. The last line counts the results; the exit status is 1 if anything failed,
+# or if nothing passed.
 set -u
 cd "$(dirname -- "$0")" || exit 1
-programs='library unit edges keyholder memory loops threads simulate faults fuzz dropin e2e peers hostile'
+programs='library unit edges keyholder memory loops threads simulate faults fuzz kqueue dropin e2e peers hostile'
 more='valgrind coverage'
 mode=quick limit_s=300 # for each program
 worlds=1000            # simulated with an optimizing compiler, and
@@ -17,12 +18,17 @@ all)
     programs="$programs $more"
     shift
     ;;
+kqueue)
+    CC="${CC:-cc} -DDTLS_USE_KQUEUE -I$PWD/tests/kqueue"
+    export CC
+    shift
+    ;;
 esac
 case "$# $programs $more " in
 0*) ;;
 1*" $1 "*) programs=$1 ;;
 *)
-    echo "usage: ./test.sh [all] [$(echo "${programs% $more} $more" | tr ' ' '|')]" >&2
+    echo "usage: ./test.sh [all | kqueue] [$(echo "${programs% $more} $more" | tr ' ' '|')]" >&2
     exit 2
     ;;
 esac
@@ -115,6 +121,13 @@ if wanted faults; then
     build faults "$sanitize" tests/faults.c dtls.c -pthread $wraps $libssl
     build faults-fast '-O2 -g' tests/faults.c dtls.c -pthread $wraps $libssl
 fi
+if wanted kqueue && [ "$(uname)" = Linux ]; then
+    for user in '' -DKQUEUE_WITHOUT_USER; do
+        for name in edges loops; do
+            build "kqueue-$name$user" "$sanitize -DDTLS_USE_KQUEUE $user -Itests/kqueue" tests/$name.c dtls.c -pthread $libssl
+        done
+    done
+fi
 if wanted threads; then build threads "$races" tests/loops.c dtls.c -pthread $libssl; fi
 if wanted dropin || wanted e2e || wanted peers || wanted hostile; then build dtls "$sanitize" -DDTLS_MAIN dtls.c $libssl $libedit; fi
 if wanted valgrind; then build dtls-plain '-O1 -g' -DDTLS_MAIN dtls.c $libssl $libedit; fi
@@ -138,6 +151,13 @@ run faults tests/build/faults tests/build/faults "$CERTS_DIR" quick
 [ $mode = quick ] || run faults tests/build/faults-fast sh -c '
     for part in 0 1; do "$0" "$1" all $part 2 & done; wait' tests/build/faults-fast "$CERTS_DIR"
 run fuzz '' sh tests/fuzz.sh $mode
+if [ "$(uname)" = Linux ]; then
+    for user in '' -DKQUEUE_WITHOUT_USER; do
+        for name in edges loops; do
+            run kqueue "tests/build/kqueue-$name$user" "tests/build/kqueue-$name$user" "$CERTS_DIR"
+        done
+    done
+fi
 run dropin tests/build/dtls sh tests/dropin.sh
 run e2e tests/build/dtls python3 tests/e2e.py
 run peers tests/build/dtls python3 tests/peers.py

@@ -45,6 +45,8 @@ def help_and_version(t):
     text = t.procs[0].out.text
     check(all(word in text for word in wanted), f"--help does not name {[word for word in wanted if word not in text]}")
     check(re.search(r"\d+\.\d+\.\d+", run.out.text), f"--version without a version: {run.out.text!r}")
+    kqueue = sys.platform != "linux" or "DTLS_USE_KQUEUE" in os.environ.get("CC", "")
+    check(run.out.text.endswith("kqueue\n" if kqueue else "epoll\n"), f"another backend: {run.out.text!r}")
 
 
 @test

@@ -27,6 +27,7 @@ enum {
     TIMERS = 70, /* the heap has room for 63 and grows then */
     BURST = 40,  /* messages, more than one system call reads */
     POSTS_MAX = 65536,
+    JUNK = 1000,
     SIGNALS_MAX = 16,
     NO_SIGNAL = 9999
 };
@@ -387,6 +388,12 @@ static void test_watches(void)
     dtls_loop_poll(loop, 0);
     check(fired == 1, "a watch freed in another one's callback is silent at once");
     check(!dtls_watch_new(loop, -1, DTLS_READ, free_both, NULL), "no watch on a closed descriptor");
+    FILE *f = tmpfile();
+    watches[0] = dtls_watch_new(loop, fileno(f), 0, free_both, NULL);
+    check(watches[0] && dtls_watch_set(watches[0], DTLS_READ) == DTLS_ERR_SYSTEM && errno == EPERM &&
+              !dtls_watch_new(loop, fileno(f), DTLS_READ | DTLS_WRITE, free_both, NULL) && errno == EPERM,
+          "no watch on a regular file");
+    fclose(f);
     dtls_loop_free(loop);
     for (int i = 0; i < 4; i++)
         close(ends[i / 2][i % 2]);
@@ -767,6 +774,42 @@ static void test_odd_datagrams(void)
     dtls_endpoint_input(server.ep, large, sizeof large, &client_addr, &server_addr);
     dtls_endpoint_counters(server.ep, &n);
     check(n.dropped[DTLS_DROP_OVERSIZE] == 1, "the same through a transport of one's own");
+    stop();
+}
+
+/* Hellos without a cookie, and what anybody can write in the name of a peer. */
+static void junk(dtls_endpoint *ep, const dtls_addr *from, const dtls_addr *to)
+{
+    static const unsigned char forged[][32] = {{23, 254, 253, 0, 1, 0, 0, 0, 0, 0, 9, 0, 8},  /* short, encrypted */
+                                               {23, 254, 253, 0, 0, 0, 0, 0, 0, 0, 9, 0, 16}, /* not encrypted */
+                                               {21, 254, 253, 0, 0, 0, 0, 0, 0, 0, 9, 0, 2, 2, 40},
+                                               {22, 254, 253, 0, 0, 0, 0, 0, 0, 0, 9, 0, 12, 1, 0, 1},
+                                               {0}};
+    for (int i = 0; i < JUNK; i++) {
+        dtls_addr stranger = *from;
+        stranger.port = (uint16_t)(10000 + i);
+        dtls_endpoint_input(ep, first_hello.data, first_hello.len, &stranger, to);
+        dtls_endpoint_input(ep, first_hello.data, first_hello.len, from, to);
+        for (size_t k = 0; k < sizeof forged / sizeof *forged; k++) {
+            size_t len = forged[k][0] == 0 ? 32 : 13 + (size_t)forged[k][12];
+            dtls_endpoint_input(ep, forged[k], len, from, to);
+            dtls_endpoint_input(ep, forged[k], len, &stranger, to);
+        }
+        wire_len = 0; /* a real client among them would be answered as well */
+    }
+}
+
+static void test_junk_and_timers(void)
+{
+    start((dtls_config){0}, (dtls_config){0});
+    junk(server.ep, &client_addr, &server_addr);
+    check(dtls_loop_timeout(loop) == -1, "no timer for strangers' hellos and junk");
+    check(connected(), "a client gets in after them");
+    turn();
+    int before = dtls_loop_timeout(loop);
+    junk(server.ep, &client_addr, &server_addr);
+    junk(client.ep, &server_addr, &client_addr);
+    check(before > 0 && dtls_loop_timeout(loop) == before, "no timer for junk in a peer's name");
     stop();
 }
 
@@ -1248,6 +1291,7 @@ int main(int argc, char **argv)
     test_listening_on_own();
     test_freed_in_a_burst();
     test_odd_datagrams();
+    test_junk_and_timers();
     test_end_in_a_batch();
     test_connecting();
     test_inside();

@@ -121,7 +121,7 @@ replay() { # target
 
 mkdir -p "$build"
 run=replay extra=tests/fuzz_replay.c compiler=${CC:-cc}
-for c in "$compiler" clang; do
+for c in "$compiler" "clang $(echo "$compiler " | cut -s -d ' ' -f 2-)"; do # with the same flags, if CC has some
     if compiles $c $sanitize -fsanitize=fuzzer; then
         run=fuzz extra=-fsanitize=fuzzer compiler=$c
         break

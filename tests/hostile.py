@@ -10,6 +10,7 @@ import os
 import pathlib
 import random
 import re
+import shlex
 import shutil
 import socket
 import signal
@@ -60,7 +61,7 @@ class Fast:
                                                *flags("libedit", "-ledit")]),
                                      ("crowd", ["tests/crowd.c", "dtls.c", *flags("openssl", "-lssl", "-lcrypto")]),
                                      ("proxy", ["tests/proxy.c"])):
-                    subprocess.run([os.environ.get("CC") or "cc", "-O2", "-I.", "-o", cls.folder / name_, *words],
+                    subprocess.run([*shlex.split(os.environ.get("CC") or "cc"), "-O2", "-I.", "-o", cls.folder / name_, *words],
                                    cwd=ROOT, check=True)
             return str(cls.folder / name)
 

@@ -8,6 +8,7 @@ peer that is not installed is skipped. Debian has them in gnutls-bin, socat, lib
 
 import os
 import pathlib
+import shlex
 import shutil
 import signal
 import subprocess
@@ -214,8 +215,8 @@ class Compiled(Peer):
                 self.compile()
 
     def compile(self):
-        compiler = os.environ.get("CC") or "cc"
-        looked = subprocess.run([compiler, "-E", "-x", "c", "-"], input=f"#include <{self.header}>\n".encode(),
+        compiler = shlex.split(os.environ.get("CC") or "cc")
+        looked = subprocess.run([*compiler, "-E", "-x", "c", "-"], input=f"#include <{self.header}>\n".encode(),
                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         if looked.returncode:
             raise Skip(f"no {self.header}")
@@ -223,7 +224,7 @@ class Compiled(Peer):
             Compiled.folder = tempfile.mkdtemp(prefix="dtls-peers-bin-")
             FOLDERS.add(Compiled.folder)
         program = os.path.join(Compiled.folder, self.name)
-        done = subprocess.run([compiler, "-O1", "-o", program, f"{ROOT}/tests/peers/{self.name}.c", *self.libraries],
+        done = subprocess.run([*compiler, "-O1", "-o", program, f"{ROOT}/tests/peers/{self.name}.c", *self.libraries],
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         check(done.returncode == 0, f"{self.name}.c does not compile: {done.stdout.decode()[-300:]}")
         self.program = program
