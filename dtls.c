@@ -1430,9 +1430,12 @@ static int udp_options(struct udp *u, const dtls_config *cfg)
 static struct udp *udp_open(dtls_loop *l, dtls_endpoint *ep, struct object *list, const dtls_addr *local,
                             const dtls_addr *peer)
 {
-    struct sockaddr_storage ss;
+    union {
+        struct sockaddr sa;
+        struct sockaddr_storage ss;
+    } at;
     const dtls_addr *a = peer ? peer : local;
-    socklen_t len = addr_to_sockaddr(a, &ss);
+    socklen_t len = addr_to_sockaddr(a, &at.ss);
     struct udp *u = calloc(1, sizeof *u);
     if (!l->io)
         l->io = calloc(1, sizeof *l->io);
@@ -1448,9 +1451,9 @@ static struct udp *udp_open(dtls_loop *l, dtls_endpoint *ep, struct object *list
     u->wildcard = !peer && addr_is_wildcard(local);
     u->fd = socket(a->family == 4 ? AF_INET : AF_INET6, SOCK_DGRAM, 0);
     if (u->fd >= 0 && fd_prepare(u->fd) == 0 && udp_options(u, ep_config(ep)) == 0 &&
-        (peer ? connect(u->fd, (struct sockaddr *)&ss, len) : bind(u->fd, (struct sockaddr *)&ss, len)) == 0 &&
-        (len = sizeof ss, getsockname(u->fd, (struct sockaddr *)&ss, &len)) == 0 &&
-        dtls_addr_from_sockaddr(&u->local, (struct sockaddr *)&ss, len) == 0 &&
+        (peer ? connect(u->fd, &at.sa, len) : bind(u->fd, &at.sa, len)) == 0 &&
+        (len = sizeof at, getsockname(u->fd, &at.sa, &len)) == 0 &&
+        dtls_addr_from_sockaddr(&u->local, &at.sa, len) == 0 &&
         (u->watch = dtls_watch_new(l, u->fd, DTLS_READ, udp_event, u)) != NULL) {
         list_add(list, &u->object);
         return u;

@@ -1,9 +1,10 @@
 #!/bin/sh
-# Builds everything under sanitizers and runs every test: ./test.sh [all | kqueue] [PROGRAM]
+# Builds everything under sanitizers and runs every test: ./test.sh [all | kqueue] [PROGRAM], or ./test.sh matrix [CELL...]
 # With "all" everything that is sampled otherwise (simulated worlds, injected faults, fuzzing, floods) runs at full length,
 # and valgrind and coverage besides: about half an hour. With "kqueue" the same tests as without it run on the kqueue
-# backend, which tests/kqueue lets Linux have. The last line counts the results; the exit status is 1 if anything failed,
-# or if nothing passed.
+# backend, which tests/kqueue lets Linux have. With "matrix" they run on other systems, in fresh ones below tests/build, and
+# dtls.c is compiled for systems that are not at hand: an hour, as root on Debian. The last line counts the results; the
+# exit status is 1 if anything failed, or if nothing passed.
 set -u
 cd "$(dirname -- "$0")" || exit 1
 programs='library unit edges keyholder memory loops threads simulate faults fuzz kqueue dropin e2e peers hostile'
@@ -11,35 +12,6 @@ more='valgrind coverage'
 mode=quick limit_s=300 # for each program
 worlds=1000            # simulated with an optimizing compiler, and
 worlds_sanitized=60    # under sanitizers
-
-case ${1-} in
-all)
-    mode=all limit_s=3000 worlds=25000 worlds_sanitized=1000
-    programs="$programs $more"
-    shift
-    ;;
-kqueue)
-    CC="${CC:-cc} -DDTLS_USE_KQUEUE -I$PWD/tests/kqueue"
-    export CC
-    shift
-    ;;
-esac
-case "$# $programs $more " in
-0*) ;;
-1*" $1 "*) programs=$1 ;;
-*)
-    echo "usage: ./test.sh [all | kqueue] [$(echo "${programs% $more} $more" | tr ' ' '|')]" >&2
-    exit 2
-    ;;
-esac
-
-scratch=$(mktemp -d) || exit 1
-log=$scratch/log
-children=
-trap 'kill $children 2>/dev/null; wait; rm -rf "$scratch"' EXIT
-trap 'exit 129' HUP
-trap 'exit 130' INT
-trap 'exit 143' TERM
 
 say() { # line
     echo "$1" | tee -a "$log"
@@ -54,6 +26,42 @@ finish() {
     [ "$(count 'not ok')" = 0 ] && [ "$(count ok)" != 0 ]
     exit
 }
+
+case ${1-} in
+all)
+    mode=all limit_s=3000 worlds=25000 worlds_sanitized=1000
+    programs="$programs $more"
+    shift
+    ;;
+matrix)
+    mkdir -p tests/build/matrix
+    shift
+    log=tests/build/matrix/results
+    { [ $# != 0 ] || sh tests/cross.sh tests/build/matrix/zig; sh tests/matrix.sh tests/build/matrix "$@"; } | tee "$log"
+    finish
+    ;;
+kqueue)
+    CC="${CC:-cc} -DDTLS_USE_KQUEUE -I$PWD/tests/kqueue"
+    export CC
+    shift
+    ;;
+esac
+case "$# $programs $more " in
+0*) ;;
+1*" $1 "*) programs=$1 ;;
+*)
+    echo "usage: ./test.sh [all | kqueue] [$(echo "${programs% $more} $more" | tr ' ' '|')], or ./test.sh matrix [CELL...]" >&2
+    exit 2
+    ;;
+esac
+
+scratch=$(mktemp -d) || exit 1
+log=$scratch/log
+children=
+trap 'kill $children 2>/dev/null; wait; rm -rf "$scratch"' EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 wanted() { # program
     case " $programs " in *" $1 "*) ;; *) return 1 ;; esac
@@ -158,7 +166,7 @@ if [ "$(uname)" = Linux ]; then
         done
     done
 fi
-run dropin tests/build/dtls sh tests/dropin.sh
+run dropin tests/build/dtls env DROPIN_FLAGS="$sanitize" sh tests/dropin.sh
 run e2e tests/build/dtls python3 tests/e2e.py
 run peers tests/build/dtls python3 tests/peers.py
 run hostile tests/build/dtls python3 tests/hostile.py $([ $mode = quick ] || echo --all)

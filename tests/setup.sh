@@ -1,8 +1,8 @@
 #!/bin/sh
-# Makes sure of what building takes and, with the argument "test", of what the tests take besides; with "all" it also tries
-# to get the foreign peers and the tools of ./test.sh all. Says nothing when all of it is there. Installs what is missing
+# Makes sure of what building takes and, with the argument "test", of what the tests take besides, and tries to get the
+# libraries of two of them; with "all" it also tries to get the foreign peers and the tools of ./test.sh all. Says nothing when all of it is there. Installs what is missing
 # where it may: as root, with a sudo that asks no password, or with Homebrew. Elsewhere it prints the command to run and
-# exits with 2, unless only peers and tools are missing: tests that want them are skipped.
+# exits with 2, unless only libraries, peers and tools are missing: tests that want them are skipped.
 set -u
 needed='compiler make openssl-headers libedit-headers openssl'
 welcome='pkg-config' # installed along with the rest, but nothing fails without it
@@ -11,9 +11,10 @@ case ${1-} in
 test | all)
     needed="$needed python3"
     welcome="$welcome sanitizers"
+    extra='libuv libev'
     ;;
 esac
-[ "${1-}" != all ] || extra='fuzzer gnutls wolfssl mbedtls socat valgrind'
+[ "${1-}" != all ] || extra="$extra fuzzer gnutls wolfssl mbedtls socat valgrind"
 
 # What each package manager calls it; "-": part of the base system, or not to be had.
 packages='
@@ -26,6 +27,8 @@ openssl         openssl               openssl            openssl      openssl  o
 python3         python3               python3            python3      python   python3  python312  python3
 pkg-config      pkg-config            pkgconf-pkg-config pkgconf      pkgconf  pkgconf  pkgconf    pkgconf
 sanitizers      -                     libasan,libubsan   -            -        -        -          -
+libuv           libuv1-dev         libuv-devel        libuv-dev    libuv    libuv    libuv      libuv
+libev           libev-dev          libev-devel        libev-dev    libev    libev    libev      libev
 fuzzer          clang,libclang-rt-dev clang,compiler-rt  clang        clang    -        -          -
 gnutls          gnutls-bin            gnutls-utils       gnutls-utils gnutls   gnutls   gnutls     gnutls
 wolfssl         libwolfssl-dev        wolfssl-devel      wolfssl-dev  wolfssl  wolfssl  wolfssl    wolfssl
@@ -59,6 +62,8 @@ has() { # need
     python3) python3 -c 'import sys; sys.exit(sys.version_info < (3, 9))' ;;
     fuzzer) (CC=clang && compiles 'int LLVMFuzzerTestOneInput(void) { return 0; }' -fsanitize=fuzzer) ;;
     gnutls) command -v gnutls-cli ;;
+    libuv) compiles '#include <uv.h>' -c $(pkg-config --cflags libuv) ;;
+    libev) compiles '#include <ev.h>' -c ;;
     wolfssl) compiles '#include <wolfssl/options.h>' -c ;;
     mbedtls) compiles '#include <mbedtls/ssl.h>' -c ;;
     sanitizers) compiles 'int main(void) { return 0; }' -fsanitize=address,undefined ;;
@@ -74,7 +79,7 @@ lacking() { # needs... -> those that are not there
 missing=$(lacking $needed $extra)
 [ -n "$missing" ] || exit 0
 
-# Peers and tools are a wish.
+# Those are a wish.
 give_up_if_needed() { # text
     [ -z "$(lacking $needed)" ] || give_up "$1"
     echo "setup.sh: going on without: $(lacking $extra)" >&2

@@ -1,0 +1,145 @@
+#!/bin/sh
+# ./test.sh on other systems: Debian's releases, each with its OpenSSL, and other processors and C libraries. Every cell
+# is a fresh minimal system in a folder with nothing but make and git, where the README's two commands must do the rest.
+# usage: tests/matrix.sh FOLDER [CELL...]      FOLDER keeps the logs; a cell's system goes when it is done
+# Needs root, debootstrap and a Debian mirror: that of this machine, or MIRROR.
+set -u
+cells='bullseye bookworm trixie sid i386 aarch64 musl'
+
+[ $# -gt 0 ] && [ -n "$1" ] || {
+    sed -n '4s/^# //p' "$0" >&2
+    exit 2
+}
+mkdir -p -- "$1" && folder=$(cd -- "$1" && pwd) && cd -- "$(dirname -- "$0")/.." || exit 1
+shift
+[ $# = 0 ] || cells=$*
+root= log= variables= failed=0 binfmt=/proc/sys/fs/binfmt_misc
+
+remove() { # the cell's system; what was mounted there went with the last process
+    [ -z "$root" ] || rm -rf --one-file-system "$root"
+    for handler in "$binfmt"/dtls-*; do
+        [ ! -e "$handler" ] || echo -1 >"$handler"
+    done
+}
+trap remove EXIT
+trap 'exit 1' HUP INT TERM
+
+not_ok() { # cell, detail
+    tail -n 20 "$log" | sed 's/^/# /'
+    echo "not ok - matrix $1: $2"
+    failed=1
+    return 1
+}
+
+skip() { # cell, reason
+    echo "skip - matrix $1: $2"
+}
+
+inside() { # command: in the cell, in the source's folder
+    # Not the caller's mounts: these end with the command.
+    unshare --mount --pid --fork sh -c '
+        mount -t proc proc "$0/proc" && mount --rbind /dev "$0/dev" && mount -t tmpfs tmpfs "$0/tmp" &&
+            exec chroot "$0" env -i PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin HOME=/root LANG=C.UTF-8 \
+                DEBIAN_FRONTEND=noninteractive sh -c "cd /src && $1"' "$root" "$1" </dev/null >>"$log" 2>&1
+}
+
+system() { # cell, release, architecture: makes it
+    root=$folder/$1
+    log=$folder/$1.log
+    rm -rf --one-file-system "$root"
+    : >"$log"
+    debootstrap --variant=minbase --arch="$3" --include=make,git "$2" "$root" $mirror >>"$log" 2>&1 ||
+        not_ok "$1" 'debootstrap failed' || return
+    printf '127.0.0.1 localhost\n::1 localhost\n' >"$root/etc/hosts"
+    mkdir "$root/src"
+    tar -cf - --exclude=./tests/build --exclude=./.git . | tar -xf - -C "$root/src"
+}
+
+# What the last ./test.sh said, with the OpenSSL that it ran on.
+counted() {
+    grep ' passed, .* failed, ' "$log" | awk '{ p += $1; f += $3; s += $5 } END { printf "%d passed, %d failed, %d skipped", p, f, s }'
+}
+
+done_with() { # cell, what else there is to say
+    grep -h '^not ok' "$log" | sed 's/^/# /'
+    version=$(sed -n 's/^dtls [0-9.]*, //p' "$log" | tail -n 1)
+    echo "ok - matrix $1: $version${2:+, $2}; $(counted)"
+    remove
+    root=
+}
+
+debian() { # cell, release, architecture
+    system "$@" || return
+    inside 'echo ping | make demo' && grep -q '^pong$' "$log" || not_ok "$1" 'make demo' || return
+    inside 'make -B CFLAGS="-O2 -Werror" all libdtls.a && ./dtls --version' || not_ok "$1" 'builds with warnings' || return
+    inside ./test.sh || not_ok "$1" "./test.sh: $(counted)" || return
+    done_with "$1"
+}
+
+install() { # packages
+    inside "apt-get install -qy --no-install-recommends $1"
+}
+
+# Compiled by a cross compiler, run by qemu, 32-bit x86 as well, which not every kernel runs. Sanitizers do not work there,
+# and what takes a minute otherwise takes ten.
+emulated() { # cell, Debian's architecture, compiler's name, byte 5 of its ELF files, byte 19
+    [ -e $binfmt/register ] || mount -t binfmt_misc binfmt_misc $binfmt 2>/dev/null ||
+        skip "$1" 'no binfmt_misc in this kernel' || return
+    system "$1" bookworm amd64 || return
+    inside "dpkg --add-architecture $2 && apt-get update" &&
+        install "gcc libc6-dev openssl python3 qemu-user-static gcc-$3 libssl-dev:$2 libedit-dev:$2" ||
+        not_ok "$1" 'packages' || return
+    # F: the interpreter is opened now, so that it need not be found from inside.
+    printf '%s' ":dtls-$1:M::\\x7fELF\\x$4\\x01\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x02\\x00\\x$5\\x00:\
+\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\x00\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xfe\\xff\\xff\\xff:\
+$root/usr/bin/qemu-$1-static:F" >$binfmt/register || not_ok "$1" 'binfmt_misc' || return
+    programs "$1" "$3-gcc" 'unit edges keyholder memory loops kqueue dropin e2e' 'under qemu'
+}
+
+# Debian has the C library, and what dtls.c needs as source only.
+cell_musl() {
+    system musl bookworm "$(dpkg --print-architecture)" || return
+    inside 'sed "s/^deb /deb-src /" /etc/apt/sources.list >/etc/apt/sources.list.d/source.list && apt-get update' &&
+        install 'gcc libc6-dev musl-tools dpkg-dev pkg-config perl openssl python3' &&
+        inside 'for kind in linux asm asm-generic; do
+            for from in /usr/include/$kind /usr/include/$(gcc -print-multiarch)/$kind; do
+                [ ! -d $from ] || ln -s $from /usr/include/$(uname -m)-linux-musl/
+            done
+        done' &&
+        inside 'cd /root && apt-get source -q openssl ncurses libedit' &&
+        inside 'cd /root/openssl-*/ && CC=musl-gcc ./config no-shared no-tests --prefix=/opt/musl --libdir=lib &&
+            make -sj2 build_libs && make -s install_dev' &&
+        inside 'cd /root/ncurses-*/ && CC=musl-gcc ./configure --prefix=/opt/musl --without-cxx --without-cxx-binding \
+            --without-ada --without-progs --without-tests --without-manpages --without-debug --disable-db-install \
+            --with-default-terminfo-dir=/usr/share/terminfo && make -sj2 libs && make -s install.libs install.includes' &&
+        inside 'cd /root/libedit-*/ && CC=musl-gcc CFLAGS="-O1 -I/opt/musl/include -I/opt/musl/include/ncurses" \
+            LDFLAGS=-L/opt/musl/lib ./configure --prefix=/opt/musl --disable-shared --disable-examples &&
+            make -s && make -s install && sed -i "s/^Libs:.*/& -lncurses/" /opt/musl/lib/pkgconfig/libedit.pc' ||
+        not_ok musl 'libraries for musl cannot be built' || return
+    variables=PKG_CONFIG_LIBDIR=/opt/musl/lib/pkgconfig
+    programs musl musl-gcc 'unit edges keyholder memory loops simulate faults kqueue dropin e2e' 'libraries built for it'
+}
+
+programs() { # cell, compiler, programs of ./test.sh, what else there is to say
+    inside "$variables make -B CC='$2' CFLAGS='-O2 -Werror' all libdtls.a && ./dtls --version" || not_ok "$1" 'builds with warnings' || return
+    for program in $3; do
+        inside "$variables CC='$2' ./test.sh $program" || not_ok "$1" "./test.sh $program" || return
+    done
+    done_with "$1" "$4"
+}
+
+[ "$(id -u)" = 0 ] && command -v debootstrap >/dev/null || {
+    echo 'skip - matrix: needs root and debootstrap'
+    exit 0
+}
+mirror=${MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 2>/dev/null | grep -v security | head -n 1)}
+for cell in $cells; do
+    case $cell in
+    bullseye | bookworm | trixie | sid) debian $cell $cell "$(dpkg --print-architecture)" ;;
+    aarch64) emulated aarch64 arm64 aarch64-linux-gnu 02 b7 ;;
+    i386) emulated i386 i386 i686-linux-gnu 01 03 ;;
+    musl) cell_musl ;;
+    *) echo "not ok - matrix $cell: not one of $cells" ;;
+    esac
+done
+exit $failed
