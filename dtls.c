@@ -1196,18 +1196,17 @@ static void udp_put_local(struct msghdr *m, struct control *c, const dtls_addr *
 /* The address that a datagram to a wildcard socket was sent to; false: not one of ours (multicast, broadcast). */
 static bool udp_get_local(struct msghdr *m, dtls_addr *to)
 {
-    for (struct cmsghdr *h = CMSG_FIRSTHDR(m); h; h = CMSG_NXTHDR(m, h)) {
-        if (h->cmsg_level == IPPROTO_IP && h->cmsg_type == LOCAL4_TYPE) {
-            local4 info;
-            memcpy(&info, CMSG_DATA(h), sizeof info);
-            return local4_get(&info, to->ip);
-        }
-        if (h->cmsg_level == IPPROTO_IPV6 && h->cmsg_type == IPV6_PKTINFO) {
-            struct in6_pktinfo info;
-            memcpy(&info, CMSG_DATA(h), sizeof info);
-            addr_set_v6(to, &info.ipi6_addr, (uint32_t)info.ipi6_ifindex);
-            return !IN6_IS_ADDR_MULTICAST(&info.ipi6_addr);
-        }
+    struct cmsghdr *h = CMSG_FIRSTHDR(m); /* there is no other: one option asks for one */
+    if (h && h->cmsg_level == IPPROTO_IP && h->cmsg_type == LOCAL4_TYPE) {
+        local4 info;
+        memcpy(&info, CMSG_DATA(h), sizeof info);
+        return local4_get(&info, to->ip);
+    }
+    if (h && h->cmsg_level == IPPROTO_IPV6 && h->cmsg_type == IPV6_PKTINFO) {
+        struct in6_pktinfo info;
+        memcpy(&info, CMSG_DATA(h), sizeof info);
+        addr_set_v6(to, &info.ipi6_addr, (uint32_t)info.ipi6_ifindex);
+        return !IN6_IS_ADDR_MULTICAST(&info.ipi6_addr);
     }
     return false;
 }
@@ -3253,7 +3252,10 @@ static int ctx_check(SSL_CTX *ctx, dtls_error *err)
     }
     if (!SSL_CTX_get0_certificate(ctx) || SSL_CTX_check_private_key(ctx) != 1)
         return fail(err, DTLS_ERR_CERT, "a certificate and its private key are needed");
-    /* OpenSSL takes a CA whose key or extensions it could not read, be it for want of memory, and refuses every peer. */
+    /* OpenSSL takes a certificate whose extensions it could not read, be it for want of memory, and goes without them. */
+    if (X509_check_purpose(SSL_CTX_get0_certificate(ctx), -1, 0) != 1)
+        return fail(err, DTLS_ERR_CERT, "the certificate has extensions that OpenSSL cannot read");
+    /* The same with a CA, and with its key, and refuses every peer. */
     STACK_OF(X509_OBJECT) *trusted = X509_STORE_get0_objects(SSL_CTX_get_cert_store(ctx));
     for (int i = 0; i < sk_X509_OBJECT_num(trusted); i++) {
         X509 *ca = X509_OBJECT_get0_X509(sk_X509_OBJECT_value(trusted, i));

@@ -49,7 +49,8 @@ get_zig() {
 # OpenSSL's and libedit's headers are the same for every system, but beside them are the C library's of this one: they are
 # copied out. The compiler tells where they are. Debian has a part of OpenSSL's in a folder of its own.
 copy_headers() {
-    $cc -E -M -DDTLS_MAIN $cflags dtls.c >"$scratch/headers" 2>"$log" || skip "no headers: $(begin_of_log)"
+    printf '#include <%s>\n' openssl/ssl.h histedit.h >"$scratch/try.c"
+    $cc -E -M $cflags "$scratch/try.c" >"$scratch/headers" 2>"$log" || skip "no headers: $(begin_of_log)"
     include=$folder/include
     rm -rf "$include"
     mkdir -p "$include/openssl"
