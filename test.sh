@@ -7,7 +7,7 @@
 # exit status is 1 if anything failed, or if nothing passed.
 set -u
 cd "$(dirname -- "$0")" || exit 1
-programs='library unit edges keyholder memory loops threads simulate faults fuzz kqueue dropin e2e peers hostile'
+programs='library unit edges keyholder memory loops threads simulate faults fuzz backend dropin e2e peers hostile'
 more='valgrind coverage'
 mode=quick limit_s=300 # for each program
 worlds=1000            # simulated with an optimizing compiler, and
@@ -129,7 +129,7 @@ if wanted faults; then
     build faults "$sanitize" tests/faults.c dtls.c -pthread $wraps $libssl
     build faults-fast '-O2 -g' tests/faults.c dtls.c -pthread $wraps $libssl
 fi
-if wanted kqueue && [ "$(uname)" = Linux ]; then
+if wanted backend && [ "$(uname)" = Linux ]; then
     for user in '' -DKQUEUE_WITHOUT_USER; do
         for name in edges loops; do
             build "kqueue-$name$user" "$sanitize -DDTLS_USE_KQUEUE $user -Itests/kqueue" tests/$name.c dtls.c -pthread $libssl
@@ -162,7 +162,7 @@ run fuzz '' sh tests/fuzz.sh $mode
 if [ "$(uname)" = Linux ]; then
     for user in '' -DKQUEUE_WITHOUT_USER; do
         for name in edges loops; do
-            run kqueue "tests/build/kqueue-$name$user" "tests/build/kqueue-$name$user" "$CERTS_DIR"
+            run backend "tests/build/kqueue-$name$user" "tests/build/kqueue-$name$user" "$CERTS_DIR"
         done
     done
 fi

@@ -2,7 +2,7 @@
 # ./test.sh on other systems: Debian's releases, each with its OpenSSL, and other processors and C libraries. Every cell
 # is a fresh minimal system in a folder with nothing but make and git, where the README's two commands must do the rest.
 # usage: tests/matrix.sh FOLDER [CELL...]      FOLDER keeps the logs; a cell's system goes when it is done
-# Needs root, debootstrap and a Debian mirror: that of this machine, or MIRROR.
+# Needs root, debootstrap, which it installs, and a Debian mirror: that of this machine, or MIRROR.
 set -u
 cells='bullseye bookworm trixie sid i386 aarch64 musl'
 
@@ -13,13 +13,13 @@ cells='bullseye bookworm trixie sid i386 aarch64 musl'
 mkdir -p -- "$1" && folder=$(cd -- "$1" && pwd) && cd -- "$(dirname -- "$0")/.." || exit 1
 shift
 [ $# = 0 ] || cells=$*
-root= log= variables= failed=0 binfmt=/proc/sys/fs/binfmt_misc
+root= log= variables= failed=0 handler=none binfmt=/proc/sys/fs/binfmt_misc
 
 remove() { # the cell's system; what was mounted there went with the last process
     [ -z "$root" ] || rm -rf --one-file-system "$root"
-    for handler in "$binfmt"/dtls-*; do
-        [ ! -e "$handler" ] || echo -1 >"$handler"
-    done
+    root=
+    [ ! -e "$binfmt/$handler" ] || echo -1 >"$binfmt/$handler"
+    handler=none
 }
 trap remove EXIT
 trap 'exit 1' HUP INT TERM
@@ -57,15 +57,14 @@ system() { # cell, release, architecture: makes it
 
 # What the last ./test.sh said, with the OpenSSL that it ran on.
 counted() {
-    grep ' passed, .* failed, ' "$log" | awk '{ p += $1; f += $3; s += $5 } END { printf "%d passed, %d failed, %d skipped", p, f, s }'
+    grep ' passed, .* failed, ' "$log" |
+        awk '{ p += $1; f += $3; s += $5 } END { printf "%d passed, %d failed, %d skipped", p, f, s }'
 }
 
 done_with() { # cell, what else there is to say
     grep -h '^not ok' "$log" | sed 's/^/# /'
     version=$(sed -n 's/^dtls [0-9.]*, //p' "$log" | tail -n 1)
     echo "ok - matrix $1: $version${2:+, $2}; $(counted)"
-    remove
-    root=
 }
 
 debian() { # cell, release, architecture
@@ -89,11 +88,12 @@ emulated() { # cell, Debian's architecture, compiler's name, byte 5 of its ELF f
     inside "dpkg --add-architecture $2 && apt-get update" &&
         install "gcc libc6-dev openssl python3 qemu-user-static gcc-$3 libssl-dev:$2 libedit-dev:$2" ||
         not_ok "$1" 'packages' || return
+    handler=dtls-$1
     # F: the interpreter is opened now, so that it need not be found from inside.
-    printf '%s' ":dtls-$1:M::\\x7fELF\\x$4\\x01\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x02\\x00\\x$5\\x00:\
+    printf '%s' ":$handler:M::\\x7fELF\\x$4\\x01\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x02\\x00\\x$5\\x00:\
 \\xff\\xff\\xff\\xff\\xff\\xff\\xff\\x00\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xfe\\xff\\xff\\xff:\
 $root/usr/bin/qemu-$1-static:F" >$binfmt/register || not_ok "$1" 'binfmt_misc' || return
-    programs "$1" "$3-gcc" 'unit edges keyholder memory loops kqueue dropin e2e' 'under qemu'
+    programs "$1" "$3-gcc" 'unit edges keyholder memory loops backend dropin e2e' 'under qemu'
 }
 
 # Debian has the C library, and what dtls.c needs as source only.
@@ -118,29 +118,36 @@ cell_musl() {
             make -s $now && make -s $now install && sed -i "s/^Libs:.*/& -lncurses/" /opt/musl/lib/pkgconfig/libedit.pc' ||
         not_ok musl 'libraries for musl cannot be built' || return
     variables=PKG_CONFIG_LIBDIR=/opt/musl/lib/pkgconfig
-    programs musl musl-gcc 'unit edges keyholder memory loops simulate faults kqueue dropin e2e' 'libraries built for it'
+    programs musl musl-gcc 'unit edges keyholder memory loops simulate faults backend dropin e2e' 'libraries built for it'
 }
 
 programs() { # cell, compiler, programs of ./test.sh, what else there is to say
-    inside "$variables make -B CC='$2' CFLAGS='-O2 -Werror' all libdtls.a && ./dtls --version" || not_ok "$1" 'builds with warnings' || return
+    inside "$variables make -B CC='$2' CFLAGS='-O2 -Werror' all libdtls.a && ./dtls --version" ||
+        not_ok "$1" 'builds with warnings' || return
     for program in $3; do
         inside "$variables CC='$2' ./test.sh $program" || not_ok "$1" "./test.sh $program" || return
     done
     done_with "$1" "$4"
 }
 
-[ "$(id -u)" = 0 ] && command -v debootstrap >/dev/null || {
+[ "$(id -u)" = 0 ] &&
+    { command -v debootstrap || apt-get install -qy --no-install-recommends debootstrap; } >/dev/null 2>&1 || {
     echo 'skip - matrix: needs root and debootstrap'
     exit 0
 }
-mirror=${MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 2>/dev/null | grep -v security | head -n 1)}
+mirror=${MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
+    grep -v security | head -n 1)}
 for cell in $cells; do
     case $cell in
     bullseye | bookworm | trixie | sid) debian $cell $cell "$(dpkg --print-architecture)" ;;
     aarch64) emulated aarch64 arm64 aarch64-linux-gnu 02 b7 ;;
     i386) emulated i386 i386 i686-linux-gnu 01 03 ;;
     musl) cell_musl ;;
-    *) echo "not ok - matrix $cell: not one of $cells" ;;
+    *)
+        echo "not ok - matrix $cell: not one of the cells"
+        failed=1
+        ;;
     esac
+    remove
 done
 exit $failed
