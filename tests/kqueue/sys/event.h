@@ -7,9 +7,9 @@
  * their end. Of sockets it has IP_RECVDSTADDR and IP_SENDSRCADDR in place of IP_PKTINFO, one datagram a call, and EISCONN
  * for a destination on a connected one.
  *
- * Limits: one source file includes it (all of it is static), a descriptor or signal is on one queue at a time, the only
- * EVFILT_USER is number 0, and a call either changes one event or waits. With -DKQUEUE_WITHOUT_USER there is no
- * EVFILT_USER at all, as on OpenBSD before 7.8. */
+ * Limits: one source file includes it (all of it is static), the first queue is made before there are threads, a descriptor
+ * or signal is on one queue at a time, the only EVFILT_USER is number 0, and a call either changes one event or waits. With
+ * -DKQUEUE_WITHOUT_USER there is no EVFILT_USER at all, as on OpenBSD before 7.8. */
 #ifndef KQUEUE_SHIM_H
 #define KQUEUE_SHIM_H
 
@@ -20,7 +20,6 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/eventfd.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -136,8 +135,9 @@ static int kq_change_signal(int kq, const struct kevent *e)
     }
     if (sigprocmask(SIG_BLOCK, &set, &old) != 0)
         return -1;
-    *s = (struct kq_signal){
-        .fd = signalfd(-1, &set, SFD_NONBLOCK), .was_blocked = sigismember(&old, (int)e->ident) == 1, .udata = e->udata};
+    *s = (struct kq_signal){.fd = signalfd(-1, &set, SFD_NONBLOCK),
+                            .was_blocked = sigismember(&old, (int)e->ident) == 1,
+                            .udata = e->udata};
     if (s->fd > 0 && epoll_ctl(kq, EPOLL_CTL_ADD, s->fd, &event) == 0)
         return 0;
     int error = errno;
@@ -151,16 +151,15 @@ static int kq_change_signal(int kq, const struct kevent *e)
 }
 
 #ifdef EVFILT_USER
-/* One for the process that is always readable: a queue is woken by its taking an interest in it, once. */
-static int kq_always = -1;
+/* One for the process that is always writable: a queue is woken by its taking an interest in it, once. */
+static int kq_always[2] = {-1, -1};
 
 static int kq_change_user(int kq, const struct kevent *e)
 {
-    if (kq_always < 0)
-        kq_always = eventfd(1, 0);
-    struct epoll_event event =
-        kq_event((e->fflags & NOTE_TRIGGER ? (uint32_t)EPOLLIN : 0) | EPOLLONESHOT, KQ_USER, 0);
-    return epoll_ctl(kq, e->flags & EV_ADD ? EPOLL_CTL_ADD : EPOLL_CTL_MOD, kq_always, &event);
+    if (kq_always[0] < 0 && pipe(kq_always) < 0)
+        return -1;
+    struct epoll_event event = kq_event((e->fflags & NOTE_TRIGGER ? (uint32_t)EPOLLOUT : 0) | EPOLLONESHOT, KQ_USER, 0);
+    return epoll_ctl(kq, e->flags & EV_ADD ? EPOLL_CTL_ADD : EPOLL_CTL_MOD, kq_always[1], &event);
 }
 #endif
 
