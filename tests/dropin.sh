@@ -63,7 +63,7 @@ test_readme() {
     compile=$(block 'drop-in build' | grep '^cc ' | head -n 1)
     [ -s main.c ] || fail 'drop-in is in the README' 'no block after <!-- drop-in -->' || return
     [ -n "$compile" ] || fail 'drop-in is in the README' 'no line with cc after <!-- drop-in build -->' || return
-    sh -c "$compile" >build.log 2>&1 || {
+    sh -c "$cc ${compile#cc }" >build.log 2>&1 || {
         cat build.log
         fail 'drop-in compiles' "$compile"
         return
@@ -94,7 +94,7 @@ print(s.getsockname()[1])')
     echo 'ok - drop-in echoes'
 
     block 'drop-in client' >client.c
-    cc -O2 -o client client.c dtls.c -lssl -lcrypto >build.log 2>&1 || {
+    $cc -O2 -o client client.c dtls.c -lssl -lcrypto >build.log 2>&1 || {
         cat build.log
         fail 'drop-in client compiles' 'see above'
         return
