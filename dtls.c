@@ -331,8 +331,8 @@ static int backend_watch(dtls_watch *w, unsigned events)
     static const unsigned bit[2] = {DTLS_READ, DTLS_WRITE};
     unsigned was = w->events;
     struct stat st;
-    if (events && fstat(w->fd, &st) == 0 && S_ISREG(st.st_mode)) { /* kqueue takes it, and is silent at its end */
-        errno = EPERM;
+    if (!was && events && fstat(w->fd, &st) == 0 && S_ISREG(st.st_mode)) {
+        errno = EPERM; /* kqueue takes it, and is silent at its end */
         return -1;
     }
     for (int i = 0; i < 2; i++)
@@ -1197,12 +1197,14 @@ static void udp_put_local(struct msghdr *m, struct control *c, const dtls_addr *
 static bool udp_get_local(struct msghdr *m, dtls_addr *to)
 {
     struct cmsghdr *h = CMSG_FIRSTHDR(m); /* there is no other: one option asks for one */
-    if (h && h->cmsg_level == IPPROTO_IP && h->cmsg_type == LOCAL4_TYPE) {
+    if (!h)
+        return false;
+    if (h->cmsg_level == IPPROTO_IP && h->cmsg_type == LOCAL4_TYPE) {
         local4 info;
         memcpy(&info, CMSG_DATA(h), sizeof info);
         return local4_get(&info, to->ip);
     }
-    if (h && h->cmsg_level == IPPROTO_IPV6 && h->cmsg_type == IPV6_PKTINFO) {
+    if (h->cmsg_level == IPPROTO_IPV6 && h->cmsg_type == IPV6_PKTINFO) {
         struct in6_pktinfo info;
         memcpy(&info, CMSG_DATA(h), sizeof info);
         addr_set_v6(to, &info.ipi6_addr, (uint32_t)info.ipi6_ifindex);

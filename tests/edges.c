@@ -507,7 +507,7 @@ static void write_text(const char *name, const char *text)
 static void make_files(void)
 {
     struct identity expired = issue(10, "expired", "serverAuth"), early = issue(11, "early", "serverAuth");
-    struct identity both = issue(12, "both", "serverAuth,clientAuth");
+    struct identity both = issue(12, "both", "serverAuth,clientAuth"), spoilt = issue(13, "spoilt", "DER:0500");
     if (!mkdtemp(folder) || mkdir(file("folder"), 0700) != 0)
         exit(1);
     ASN1_TIME_set_string(X509_getm_notAfter(expired.cert), "20210101000000Z");
@@ -524,8 +524,11 @@ static void make_files(void)
     write_cert("early", &early);
     write_cert("both", &both);
     write_key("both-key", &both, NULL);
+    write_cert("spoilt", &spoilt);
+    write_key("spoilt-key", &spoilt, NULL);
     write_text("empty", "");
     write_text("text", "no PEM\n");
+    identity_free(&spoilt);
     identity_free(&both);
     identity_free(&expired);
     identity_free(&early);
@@ -533,8 +536,8 @@ static void make_files(void)
 
 static void remove_files(void)
 {
-    static const char *const names[] = {"ca",          "cert",  "key",   "other-key", "locked-key", "expired",
-                                        "expired-key", "early", "empty", "text",      "both",       "both-key"};
+    static const char *const names[] = {"ca",    "cert",  "key",  "other-key", "locked-key", "expired", "expired-key",
+                                        "early", "empty", "text", "both",      "both-key",   "spoilt",  "spoilt-key"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         unlink(file(names[i]));
     rmdir(file("folder"));
@@ -580,6 +583,7 @@ static void test_files(void)
         const char *cert, *key, *ca, *words;
     } bad[] = {{"none", "key", "ca", "No such file"},          {"empty", "key", "ca", "empty"},
                {"folder", "key", "ca", "directory"},           {"text", "key", "ca", "no certificate in PEM"},
+               {"spoilt", "spoilt-key", "ca", "certificate"}, /* who says so depends on OpenSSL's version */
                {"expired", "expired-key", "ca", "expired on"}, {"early", "key", "ca", "not valid before"},
                {"cert", "none", "ca", "No such file"},         {"cert", "empty", "ca", "empty"},
                {"cert", "text", "ca", "no private key"},       {"cert", "locked-key", "ca", "password"},
