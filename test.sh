@@ -12,20 +12,8 @@ more='valgrind coverage'
 mode=quick limit_s=300 # for each program
 worlds=1000            # simulated with an optimizing compiler, and
 worlds_sanitized=60    # under sanitizers
-
-say() { # line
-    echo "$1" | tee -a "$log"
-}
-
-count() { # kind of result
-    grep -c "^$1 - " "$log"
-}
-
-finish() {
-    echo "$(count ok) passed, $(count 'not ok') failed, $(count skip) skipped"
-    [ "$(count 'not ok')" = 0 ] && [ "$(count ok)" != 0 ]
-    exit
-}
+cells=                 # of the matrix
+kqueue="-DDTLS_USE_KQUEUE -I$PWD/tests/kqueue"
 
 case ${1-} in
 all)
@@ -34,14 +22,14 @@ all)
     shift
     ;;
 matrix)
-    mkdir -p tests/build/matrix
     shift
-    log=tests/build/matrix/results
-    { [ $# != 0 ] || sh tests/cross.sh tests/build/matrix/zig; sh tests/matrix.sh tests/build/matrix "$@"; } | tee "$log"
-    finish
+    cells=$* limit_s=10000
+    programs='cross matrix'
+    [ $# = 0 ] || programs=matrix
+    set --
     ;;
 kqueue)
-    CC="${CC:-cc} -DDTLS_USE_KQUEUE -I$PWD/tests/kqueue"
+    CC="${CC:-cc} $kqueue"
     export CC
     shift
     ;;
@@ -62,6 +50,20 @@ trap 'kill $children 2>/dev/null; wait; rm -rf "$scratch"' EXIT
 trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
+
+say() { # line
+    echo "$1" | tee -a "$log"
+}
+
+count() { # kind of result
+    grep -c "^$1 - " "$log"
+}
+
+finish() {
+    echo "$(count ok) passed, $(count 'not ok') failed, $(count skip) skipped"
+    [ "$(count 'not ok')" = 0 ] && [ "$(count ok)" != 0 ]
+    exit
+}
 
 wanted() { # program
     case " $programs " in *" $1 "*) ;; *) return 1 ;; esac
@@ -129,11 +131,12 @@ if wanted faults; then
     build faults "$sanitize" tests/faults.c dtls.c -pthread $wraps $libssl
     build faults-fast '-O2 -g' tests/faults.c dtls.c -pthread $wraps $libssl
 fi
+backends=
 if wanted backend && [ "$(uname)" = Linux ]; then
-    for user in '' -DKQUEUE_WITHOUT_USER; do
-        for name in edges loops; do
-            build "kqueue-$name$user" "$sanitize -DDTLS_USE_KQUEUE $user -Itests/kqueue" tests/$name.c dtls.c -pthread $libssl
-        done
+    for name in edges loops; do
+        build kqueue-$name "$sanitize $kqueue" tests/$name.c dtls.c -pthread $libssl
+        build kqueue-pipe-$name "$sanitize $kqueue -DKQUEUE_WITHOUT_USER" tests/$name.c dtls.c -pthread $libssl
+        backends="$backends kqueue-$name kqueue-pipe-$name"
     done
 fi
 if wanted threads; then build threads "$races" tests/loops.c dtls.c -pthread $libssl; fi
@@ -159,17 +162,15 @@ run faults tests/build/faults tests/build/faults "$CERTS_DIR" quick
 [ $mode = quick ] || run faults tests/build/faults-fast sh -c '
     for part in 0 1; do "$0" "$1" all $part 2 & done; wait' tests/build/faults-fast "$CERTS_DIR"
 run fuzz '' sh tests/fuzz.sh $mode
-if [ "$(uname)" = Linux ]; then
-    for user in '' -DKQUEUE_WITHOUT_USER; do
-        for name in edges loops; do
-            run backend "tests/build/kqueue-$name$user" "tests/build/kqueue-$name$user" "$CERTS_DIR"
-        done
-    done
-fi
+for name in $backends; do
+    run backend tests/build/$name tests/build/$name "$CERTS_DIR"
+done
 run dropin tests/build/dtls env DROPIN_FLAGS="$sanitize" sh tests/dropin.sh
 run e2e tests/build/dtls python3 tests/e2e.py
 run peers tests/build/dtls python3 tests/peers.py
 run hostile tests/build/dtls python3 tests/hostile.py $([ $mode = quick ] || echo --all)
 run valgrind '' sh tests/valgrind.sh tests/build/dtls-plain
 run coverage '' python3 tests/coverage.py "$CERTS_DIR"
+run cross '' sh tests/cross.sh tests/build/matrix/zig
+run matrix '' sh tests/matrix.sh tests/build/matrix $cells
 finish

@@ -1,7 +1,7 @@
 #!/bin/sh
 # What the README and dtls.h promise to whoever drops the two files into a project. First the README's own programs, built
-# by the command shown there. Then the pages of tests/dropin, each in a fresh folder that holds nothing but the page,
-# dtls.c, dtls.h and certificates, and run over loopback.
+# by the command shown there. Then the pages of tests/dropin, each in a fresh folder that holds nothing but the page
+# (and lines.h, what the clients share), dtls.c, dtls.h and certificates, and run over loopback.
 #
 # DTLS_BIN is the program to test servers with, CERTS_DIR has the certificates. The pages are built with CC, CXX and
 # DROPIN_FLAGS, which both get.
@@ -132,7 +132,7 @@ builds() { # command...: whether it makes try from the source text on its input
 # The page's folder is made and entered.
 page() { # file, compiler, arguments to the compiler after the page's name...
     name=${1%.*}
-    folder "$name" && cp "$root/tests/dropin/$1" . || return
+    folder "$name" && cp "$root/tests/dropin/$1" "$root/tests/dropin/lines.h" . || return
     source=$1 compiler=$2
     shift 2
     # The compiler, as the flags, may be several words.

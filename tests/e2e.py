@@ -15,8 +15,8 @@ import time
 
 sys.dont_write_bytecode = True  # no __pycache__ in the tree
 
-from harness import (Authority, BIN, CERTS, COMMANDS, FORGED, FORGED_DONE, IP_UDP_BYTES, Identity, MESSAGE_MAX,
-                     PROMPT, Proc, ROOT, Server, Skip, WAIT, can_bind, certs_sh, check, client_identity, equal,
+from harness import (Authority, BIN, CC, CERTS, COMMANDS, FORGED, FORGED_DONE, IP_UDP_BYTES, Identity,
+                     MESSAGE_MAX, PROMPT, Proc, ROOT, Server, Skip, WAIT, can_bind, certs_sh, check, client_identity, equal,
                      free_port, main, need_ipv6, need_second_loopback, openssl, server_identity, split_addr, test,
                      wait_until)  # noqa: E402
 from screen import layout  # noqa: E402
@@ -45,7 +45,7 @@ def help_and_version(t):
     text = t.procs[0].out.text
     check(all(word in text for word in wanted), f"--help does not name {[word for word in wanted if word not in text]}")
     check(re.search(r"\d+\.\d+\.\d+", run.out.text), f"--version without a version: {run.out.text!r}")
-    kqueue = sys.platform != "linux" or "DTLS_USE_KQUEUE" in os.environ.get("CC", "")
+    kqueue = sys.platform != "linux" or "-DDTLS_USE_KQUEUE" in CC
     check(run.out.text.endswith("kqueue\n" if kqueue else "epoll\n"), f"another backend: {run.out.text!r}")
 
 

@@ -1111,8 +1111,7 @@ static const struct known {
     {"crypto/lhash/lhash.c", "it crashes", 0x300, 0x301, "the same, found out sooner"},
     {"", "it crashes", 0x302, 0x400,
      "a handshake that fails between the ChangeCipherSpec and its keys has the old keys in its record layer and with "
-     "the "
-     "message sent, and SSL_free() frees them twice: RECORD_LAYER_clear(), dtls1_clear_sent_buffer()",
+     "the message sent, and SSL_free() frees them twice: RECORD_LAYER_clear(), dtls1_clear_sent_buffer()",
      " in SSL_free "},
 };
 enum { KNOWN = sizeof known / sizeof *known };

@@ -4,7 +4,8 @@ owns them. A test program imports what it needs, registers tests with @test and 
     python3 tests/PROGRAM.py [-l] [-t] [NAME-FILTER...]     -l: list the tests, -t: add each test's time to its line
 
 Environment: DTLS_BIN, the program (default ./dtls); CERTS_DIR, a folder with ca.pem, ca.key, server.pem, server.key,
-client.pem and client.key (default: a fresh one, made by certs/certs.sh); TEST_NAME, PROGRAM in the lines below.
+client.pem and client.key (default: a fresh one, made by certs/certs.sh); TEST_NAME, PROGRAM in the lines below; CC, the
+compiler.
 
 Prints one line for each test, `ok - PROGRAM NAME`, `not ok - PROGRAM NAME: REASON` or `skip - PROGRAM NAME: REASON`; below
 a failed one, indented, what each process said last. The exit status is 1 if any failed.
@@ -22,6 +23,7 @@ import pty
 import random
 import re
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -44,6 +46,7 @@ BIN = os.path.abspath(os.environ.get("DTLS_BIN") or ROOT / "dtls")
 PROGRAM = os.environ.get("TEST_NAME") or pathlib.Path(sys.argv[0]).stem
 CERTS = os.path.abspath(os.environ.get("CERTS_DIR") or tempfile.mkdtemp(prefix=f"dtls-{PROGRAM}-certs-"))
 OPENSSL = shutil.which("openssl")
+CC = shlex.split(os.environ.get("CC") or "cc")  # it may hold flags
 
 JOBS = 4
 WAIT = 15.0  # seconds that an event may take when nothing else is said; only a failing test ever waits that long

@@ -10,7 +10,6 @@ import os
 import pathlib
 import random
 import re
-import shlex
 import shutil
 import socket
 import signal
@@ -22,7 +21,7 @@ import time
 
 sys.dont_write_bytecode = True  # no __pycache__ in the tree
 
-from harness import (CERTS, FOLDERS, MESSAGE_MAX, Proc, ROOT, check, equal, main, record, split_addr, test,
+from harness import (CC, CERTS, FOLDERS, MESSAGE_MAX, Proc, ROOT, check, equal, main, record, split_addr, test,
                      wait_until)  # noqa: E402
 
 ALL = "--all" in sys.argv
@@ -61,7 +60,7 @@ class Fast:
                                                *flags("libedit", "-ledit")]),
                                      ("crowd", ["tests/crowd.c", "dtls.c", *flags("openssl", "-lssl", "-lcrypto")]),
                                      ("proxy", ["tests/proxy.c"])):
-                    subprocess.run([*shlex.split(os.environ.get("CC") or "cc"), "-O2", "-I.", "-o", cls.folder / name_, *words],
+                    subprocess.run([*CC, "-O2", "-I.", "-o", cls.folder / name_, *words],
                                    cwd=ROOT, check=True)
             return str(cls.folder / name)
 

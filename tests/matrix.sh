@@ -13,7 +13,7 @@ cells='bullseye bookworm trixie sid i386 aarch64 musl'
 mkdir -p -- "$1" && folder=$(cd -- "$1" && pwd) && cd -- "$(dirname -- "$0")/.." || exit 1
 shift
 [ $# = 0 ] || cells=$*
-root= log= variables= failed=0 handler=none binfmt=/proc/sys/fs/binfmt_misc
+root= log= failed=0 handler=none binfmt=/proc/sys/fs/binfmt_misc
 
 remove() { # the cell's system; what was mounted there went with the last process
     [ -z "$root" ] || rm -rf --one-file-system "$root"
@@ -62,15 +62,18 @@ counted() {
 }
 
 done_with() { # cell, what else there is to say
-    grep -h '^not ok' "$log" | sed 's/^/# /'
     version=$(sed -n 's/^dtls [0-9.]*, //p' "$log" | tail -n 1)
     echo "ok - matrix $1: $version${2:+, $2}; $(counted)"
 }
 
-debian() { # cell, release, architecture
-    system "$@" || return
+builds() { # cell, environment
+    inside "$2 make -B CFLAGS='-O2 -Werror' all libdtls.a && ./dtls --version" || not_ok "$1" 'builds with warnings'
+}
+
+debian() { # cell
+    system "$1" "$1" "$native" || return
     inside 'echo ping | make demo' && grep -q '^pong$' "$log" || not_ok "$1" 'make demo' || return
-    inside 'make -B CFLAGS="-O2 -Werror" all libdtls.a && ./dtls --version' || not_ok "$1" 'builds with warnings' || return
+    builds "$1" '' || return
     inside ./test.sh || not_ok "$1" "./test.sh: $(counted)" || return
     done_with "$1"
 }
@@ -93,12 +96,12 @@ emulated() { # cell, Debian's architecture, compiler's name, byte 5 of its ELF f
     printf '%s' ":$handler:M::\\x7fELF\\x$4\\x01\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x02\\x00\\x$5\\x00:\
 \\xff\\xff\\xff\\xff\\xff\\xff\\xff\\x00\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xfe\\xff\\xff\\xff:\
 $root/usr/bin/qemu-$1-static:F" >$binfmt/register || not_ok "$1" 'binfmt_misc' || return
-    programs "$1" "$3-gcc" 'unit edges keyholder memory loops backend dropin e2e' 'under qemu'
+    programs "$1" "CC=$3-gcc" 'unit edges keyholder memory loops backend dropin e2e' 'under qemu'
 }
 
 # Debian has the C library, and what dtls.c needs as source only.
 cell_musl() {
-    system musl bookworm "$(dpkg --print-architecture)" || return
+    system musl bookworm "$native" || return
     inside 'sed "s/^deb /deb-src /" /etc/apt/sources.list >/etc/apt/sources.list.d/source.list && apt-get update' &&
         install 'gcc libc6-dev musl-tools dpkg-dev pkg-config perl openssl python3' &&
         inside 'for kind in linux asm asm-generic; do
@@ -112,20 +115,20 @@ cell_musl() {
         inside 'cd /root/ncurses-*/ && CC=musl-gcc ./configure --prefix=/opt/musl --without-cxx --without-cxx-binding \
             --without-ada --without-progs --without-tests --without-manpages --without-debug --disable-db-install \
             --with-default-terminfo-dir=/usr/share/terminfo && make -sj2 libs && make -s install.libs install.includes' &&
-        inside 'cd /root/libedit-*/ && CC=musl-gcc CFLAGS="-O1 -D__STDC_ISO_10646__=201103L -I/opt/musl/include -I/opt/musl/include/ncurses" \
+        inside 'cd /root/libedit-*/ && include=/opt/musl/include && CC=musl-gcc \
+            CFLAGS="-O1 -D__STDC_ISO_10646__=201103L -I$include -I$include/ncurses" \
             LDFLAGS=-L/opt/musl/lib ./configure --prefix=/opt/musl --disable-shared --disable-examples &&
             : its files look older than what they are made from && now=ACLOCAL=:\ AUTOCONF=:\ AUTOMAKE=:\ AUTOHEADER=: &&
             make -s $now && make -s $now install && sed -i "s/^Libs:.*/& -lncurses/" /opt/musl/lib/pkgconfig/libedit.pc' ||
         not_ok musl 'libraries for musl cannot be built' || return
-    variables=PKG_CONFIG_LIBDIR=/opt/musl/lib/pkgconfig
-    programs musl musl-gcc 'unit edges keyholder memory loops simulate faults backend dropin e2e' 'libraries built for it'
+    programs musl 'CC=musl-gcc PKG_CONFIG_LIBDIR=/opt/musl/lib/pkgconfig' \
+        'unit edges keyholder memory loops simulate faults backend dropin e2e' 'libraries built for it'
 }
 
-programs() { # cell, compiler, programs of ./test.sh, what else there is to say
-    inside "$variables make -B CC='$2' CFLAGS='-O2 -Werror' all libdtls.a && ./dtls --version" ||
-        not_ok "$1" 'builds with warnings' || return
+programs() { # cell, environment, programs of ./test.sh, what else there is to say
+    builds "$1" "$2" || return
     for program in $3; do
-        inside "$variables CC='$2' ./test.sh $program" || not_ok "$1" "./test.sh $program" || return
+        inside "$2 ./test.sh $program" || not_ok "$1" "./test.sh $program" || return
     done
     done_with "$1" "$4"
 }
@@ -137,9 +140,10 @@ programs() { # cell, compiler, programs of ./test.sh, what else there is to say
 }
 mirror=${MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
     grep -v security | head -n 1)}
+native=$(dpkg --print-architecture)
 for cell in $cells; do
     case $cell in
-    bullseye | bookworm | trixie | sid) debian $cell $cell "$(dpkg --print-architecture)" ;;
+    bullseye | bookworm | trixie | sid) debian $cell ;;
     aarch64) emulated aarch64 arm64 aarch64-linux-gnu 02 b7 ;;
     i386) emulated i386 i386 i686-linux-gnu 01 03 ;;
     musl) cell_musl ;;

@@ -8,7 +8,6 @@ peer that is not installed is skipped. Debian has them in gnutls-bin, socat, lib
 
 import os
 import pathlib
-import shlex
 import shutil
 import signal
 import subprocess
@@ -18,7 +17,7 @@ import threading
 
 sys.dont_write_bytecode = True  # no __pycache__ in the tree
 
-from harness import (Authority, BIN, CERTS, FOLDERS, Identity, MESSAGE_MAX, OPENSSL, PROMPT, Proc, ROOT, Skip, Term,
+from harness import (Authority, BIN, CC, CERTS, FOLDERS, Identity, MESSAGE_MAX, OPENSSL, PROMPT, Proc, ROOT, Skip, Term,
                      check, equal, free_port, main, split_addr, test)  # noqa: E402
 
 LOSS = 0.1
@@ -215,8 +214,7 @@ class Compiled(Peer):
                 self.compile()
 
     def compile(self):
-        compiler = shlex.split(os.environ.get("CC") or "cc")
-        looked = subprocess.run([*compiler, "-E", "-x", "c", "-"], input=f"#include <{self.header}>\n".encode(),
+        looked = subprocess.run([*CC, "-E", "-x", "c", "-"], input=f"#include <{self.header}>\n".encode(),
                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         if looked.returncode:
             raise Skip(f"no {self.header}")
@@ -224,7 +222,7 @@ class Compiled(Peer):
             Compiled.folder = tempfile.mkdtemp(prefix="dtls-peers-bin-")
             FOLDERS.add(Compiled.folder)
         program = os.path.join(Compiled.folder, self.name)
-        done = subprocess.run([*compiler, "-O1", "-o", program, f"{ROOT}/tests/peers/{self.name}.c", *self.libraries],
+        done = subprocess.run([*CC, "-O1", "-o", program, f"{ROOT}/tests/peers/{self.name}.c", *self.libraries],
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         check(done.returncode == 0, f"{self.name}.c does not compile: {done.stdout.decode()[-300:]}")
         self.program = program

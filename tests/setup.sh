@@ -1,8 +1,9 @@
 #!/bin/sh
 # Makes sure of what building takes and, with the argument "test", of what the tests take besides, and tries to get the
-# libraries of two of them; with "all" it also tries to get the foreign peers and the tools of ./test.sh all. Says nothing when all of it is there. Installs what is missing
-# where it may: as root, with a sudo that asks no password, or with Homebrew. Elsewhere it prints the command to run and
-# exits with 2, unless only libraries, peers and tools are missing: tests that want them are skipped.
+# libraries of two of them; with "all" it also tries to get the foreign peers and the tools of ./test.sh all. Says nothing
+# when all of it is there. Installs what is missing where it may: as root, with a sudo that asks no password, or with
+# Homebrew. Elsewhere it prints the command to run and exits with 2, unless only libraries, peers and tools are missing:
+# tests that want them are skipped.
 set -u
 needed='compiler make openssl-headers libedit-headers openssl'
 welcome='pkg-config' # installed along with the rest, but nothing fails without it
@@ -27,8 +28,8 @@ openssl         openssl               openssl            openssl      openssl  o
 python3         python3               python3            python3      python   python3  python312  python3
 pkg-config      pkg-config            pkgconf-pkg-config pkgconf      pkgconf  pkgconf  pkgconf    pkgconf
 sanitizers      -                     libasan,libubsan   -            -        -        -          -
-libuv           libuv1-dev         libuv-devel        libuv-dev    libuv    libuv    libuv      libuv
-libev           libev-dev          libev-devel        libev-dev    libev    libev    libev      libev
+libuv           libuv1-dev            libuv-devel        libuv-dev    libuv    libuv    libuv      libuv
+libev           libev-dev             libev-devel        libev-dev    libev    libev    libev      libev
 fuzzer          clang,libclang-rt-dev clang,compiler-rt  clang        clang    -        -          -
 gnutls          gnutls-bin            gnutls-utils       gnutls-utils gnutls   gnutls   gnutls     gnutls
 wolfssl         libwolfssl-dev        wolfssl-devel      wolfssl-dev  wolfssl  wolfssl  wolfssl    wolfssl
@@ -79,7 +80,7 @@ lacking() { # needs... -> those that are not there
 missing=$(lacking $needed $extra)
 [ -n "$missing" ] || exit 0
 
-# Those are a wish.
+# Libraries, peers and tools are a wish.
 give_up_if_needed() { # text
     [ -z "$(lacking $needed)" ] || give_up "$1"
     echo "setup.sh: going on without: $(lacking $extra)" >&2

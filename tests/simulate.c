@@ -29,9 +29,10 @@ enum {
     HEALED_MS = 40000,  /* then the network is good: a handshake's deadline and a bit */
     EMPTY_MS = 60000,   /* then they are gone: deadlines and idle timeouts pass */
     SPIN_MAX = 1000,    /* turns of the loop without a step of time */
-    WARM_UP_WORLDS = 3, /* by then OpenSSL has made what it keeps, but for... */
-    KEPT = OPENSSL_VERSION_NUMBER >= 0x30200000 ? 20 : 0, /* a decoder for each kind of key, as damage has it */
-    DAMAGE_ENDURED = 1,                                   /* damaged datagrams that no handshake may fail from */
+    WARM_UP_WORLDS = 3, /* by then OpenSSL has made what it keeps */
+    /* but for a decoder for each kind of key that it is shown, as damaged certificates have: so many worlds may add one */
+    KEPT = OPENSSL_VERSION_NUMBER >= 0x30200000 ? 20 : 0,
+    DAMAGE_ENDURED = 1,  /* damaged datagrams that no handshake may fail from */
     LATE_ONE_IN = 20000, /* undisturbed handshakes may miss their deadline by bad luck, so seldom */
     HISTOGRAM_MS = 10,   /* handshake times are counted in steps of it, */
     HISTOGRAM_MAX = 3001 /* up to the deadline */
