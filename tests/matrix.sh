@@ -114,12 +114,14 @@ cell_musl() {
             make -sj2 build_libs && make -s install_dev' &&
         inside 'cd /root/ncurses-*/ && CC=musl-gcc ./configure --prefix=/opt/musl --without-cxx --without-cxx-binding \
             --without-ada --without-progs --without-tests --without-manpages --without-debug --disable-db-install \
-            --with-default-terminfo-dir=/usr/share/terminfo && make -sj2 libs && make -s install.libs install.includes' &&
+            --with-terminfo-dirs=/etc/terminfo:/lib/terminfo:/usr/share/terminfo && make -sj2 libs && make -s install.libs install.includes' &&
         inside 'cd /root/libedit-*/ && include=/opt/musl/include && CC=musl-gcc \
             CFLAGS="-O1 -D__STDC_ISO_10646__=201103L -I$include -I$include/ncurses" \
             LDFLAGS=-L/opt/musl/lib ./configure --prefix=/opt/musl --disable-shared --disable-examples &&
             : its files look older than what they are made from && now=ACLOCAL=:\ AUTOCONF=:\ AUTOMAKE=:\ AUTOHEADER=: &&
-            make -s $now && make -s $now install && sed -i "s/^Libs:.*/& -lncurses/" /opt/musl/lib/pkgconfig/libedit.pc' ||
+            make -s $now && make -s $now install && sed -i "s/^Libs:.*/& -lncurses/" /opt/musl/lib/pkgconfig/libedit.pc' &&
+        inside 'ln -s /opt/musl/include/* "/usr/include/$(uname -m)-linux-musl/" &&
+            ln -s /opt/musl/lib/*.a "/usr/lib/$(uname -m)-linux-musl/"' ||
         not_ok musl 'libraries for musl cannot be built' || return
     programs musl 'CC=musl-gcc PKG_CONFIG_LIBDIR=/opt/musl/lib/pkgconfig' \
         'unit edges keyholder memory loops simulate faults backend dropin e2e' 'libraries built for it'

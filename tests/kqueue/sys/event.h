@@ -49,7 +49,7 @@ struct kevent {
 
 #define EV_SET(e, i, fi, fl, ff, d, u) (*(e) = (struct kevent){(i), (fi), (fl), (ff), (d), (u)})
 
-enum { KQ_DESCRIPTORS = 1 << 20, KQ_SIGNALS = 65, KQ_EVENTS = 64, KQ_READ = 1, KQ_WRITE = 2 };
+enum { KQ_DESCRIPTORS = 1 << 16, KQ_SIGNALS = 65, KQ_EVENTS = 64, KQ_READ = 1, KQ_WRITE = 2 };
 enum kq_kind { KQ_DESCRIPTOR, KQ_SIGNAL, KQ_USER };
 
 /* By number; epoll's data is a kind and a number. A descriptor's entry may be that of an earlier descriptor with its
