@@ -77,16 +77,21 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/signalfd.h>
-#else
+#elif defined(DTLS_USE_KQUEUE) || defined(__APPLE__) || defined(__FreeBSD__) || defined(__NetBSD__) ||                 \
+    defined(__OpenBSD__) || defined(__DragonFly__)
 #define BACKEND "kqueue"
 #ifndef DTLS_USE_KQUEUE
 #define DTLS_USE_KQUEUE
 #endif
 #include <sys/event.h>
 #include <sys/stat.h>
+#else
+#error "dtls.c needs epoll (Linux) or kqueue (macOS, the BSDs)"
 #endif
 
-#if OPENSSL_VERSION_NUMBER < 0x30000000L
+#if defined(LIBRESSL_VERSION_NUMBER) || defined(OPENSSL_IS_BORINGSSL) || OPENSSL_VERSION_NUMBER < 0x10101000L
+#error "dtls.c needs OpenSSL, 1.1.1 or later; LibreSSL and BoringSSL lack calls that it makes"
+#elif OPENSSL_VERSION_NUMBER < 0x30000000L
 #define SSL_get1_peer_certificate SSL_get_peer_certificate
 #endif
 
@@ -325,14 +330,26 @@ static void backend_wake(dtls_loop *l)
 #endif
 }
 
+/* Whether kqueue takes it, but says nothing at its end: regular files, and on macOS named pipes. */
+static bool backend_ends_unseen(int fd)
+{
+    struct stat st;
+    if (fstat(fd, &st) < 0)
+        return false;
+#ifdef __APPLE__
+    if (S_ISFIFO(st.st_mode) && st.st_nlink > 0)
+        return true;
+#endif
+    return S_ISREG(st.st_mode);
+}
+
 static int backend_watch(dtls_watch *w, unsigned events)
 {
     static const short filter[2] = {EVFILT_READ, EVFILT_WRITE};
     static const unsigned bit[2] = {DTLS_READ, DTLS_WRITE};
     unsigned was = w->events;
-    struct stat st;
-    if (!was && events && fstat(w->fd, &st) == 0 && S_ISREG(st.st_mode)) {
-        errno = EPERM; /* kqueue takes it, and is silent at its end */
+    if (!was && events && backend_ends_unseen(w->fd)) {
+        errno = EPERM; /* as epoll does */
         return -1;
     }
     for (int i = 0; i < 2; i++)
@@ -382,11 +399,12 @@ static int backend_signal(struct signal_watch *s, bool on)
         sigaction(s->signo, &s->was, NULL);
         return backend_change(s->loop, (uintptr_t)s->signo, EVFILT_SIGNAL, EV_DELETE, 0, NULL);
     }
-    if (sigaction(s->signo, &caught, &s->was) < 0)
+    /* In this order: a signal between the two has its old effect, and is not lost. */
+    if (backend_change(s->loop, (uintptr_t)s->signo, EVFILT_SIGNAL, EV_ADD, 0, s) < 0)
         return -1;
-    if (backend_change(s->loop, (uintptr_t)s->signo, EVFILT_SIGNAL, EV_ADD, 0, s) == 0)
+    if (sigaction(s->signo, &caught, &s->was) == 0)
         return 0;
-    sigaction(s->signo, &s->was, NULL);
+    backend_change(s->loop, (uintptr_t)s->signo, EVFILT_SIGNAL, EV_DELETE, 0, NULL);
     return -1;
 }
 
@@ -406,15 +424,15 @@ static void local4_put(local4 *info, const uint8_t ip[4])
     memcpy(&info->ipi_spec_dst, ip, 4);
 }
 
-/* False: not one of ours to answer from (broadcast, multicast). */
+/* False: not one of ours to answer from: multicast, broadcast. */
 static bool local4_get(const local4 *info, uint8_t ip[4])
 {
     memcpy(ip, &info->ipi_addr, 4);
-#ifdef __linux__ /* macOS does not fill it in */
+#ifndef DTLS_USE_KQUEUE /* macOS does not fill it in */
     if (memcmp(&info->ipi_spec_dst, ip, 4) != 0)
         return false;
 #endif
-    return (ip[0] & 0xf0) != 0xe0;
+    return ip[0] < 0xe0;
 }
 
 #else
@@ -432,7 +450,7 @@ static void local4_put(local4 *info, const uint8_t ip[4])
 static bool local4_get(const local4 *info, uint8_t ip[4])
 {
     memcpy(ip, info, 4);
-    return (ip[0] & 0xf0) != 0xe0;
+    return ip[0] < 0xe0; /* a network's own broadcast address does not show */
 }
 
 #endif
@@ -1411,12 +1429,21 @@ static void udp_free(struct udp *u)
     loop_bury(l, &u->object);
 }
 
+/* A wish: Linux caps it, the BSDs refuse what is above their limit. There SO_SNDBUF limits a datagram, too. */
+static void udp_buffer(int fd, int option, int bytes)
+{
+    if (bytes < DATAGRAM_MAX)
+        bytes = DATAGRAM_MAX;
+    while (setsockopt(fd, SOL_SOCKET, option, &bytes, sizeof bytes) < 0 && bytes > DATAGRAM_MAX)
+        bytes = bytes / 2 > DATAGRAM_MAX ? bytes / 2 : DATAGRAM_MAX;
+}
+
 /* Options before bind: IPv6 only, the local address with each datagram, buffers. */
 static int udp_options(struct udp *u, const dtls_config *cfg)
 {
-    int one = 1, bytes = cfg->socket_buffer_bytes;
-    setsockopt(u->fd, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof bytes); /* a wish: the system caps it */
-    setsockopt(u->fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
+    int one = 1;
+    udp_buffer(u->fd, SO_RCVBUF, cfg->socket_buffer_bytes);
+    udp_buffer(u->fd, SO_SNDBUF, cfg->socket_buffer_bytes);
     if (u->local.family == 6 && setsockopt(u->fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one) < 0)
         return -1;
     if (!u->wildcard)
@@ -2461,12 +2488,12 @@ static void conn_input(dtls_conn *c, const uint8_t *p, size_t n)
 }
 
 /* An error on a socket. On a client's own it may be ICMP's word that nobody is there: a hint, until the peer
- * answered. */
+ * answered. Not so where the system is short of buffers: the BSDs say that of a busy interface. */
 static void udp_error(struct udp *u, int error)
 {
     dtls_conn *c = u->conn;
     u->ep->counters.receive_errors++;
-    if (!c || c->state != CONN_HANDSHAKE || c->answered)
+    if (!c || c->state != CONN_HANDSHAKE || c->answered || error == ENOBUFS || error == ENOMEM)
         return;
     guard_hint(c, NO_ALERT, "%s", strerror(error));
 }
@@ -3366,6 +3393,7 @@ enum {
     PACE_MS = 200,         /* no answer for so long: the server does not answer every line */
     LINGER_MS = 200,       /* after the last answer, for one more */
     LINGER_OWED_MS = 2000, /* for answers still missing */
+    LOOK_MS = 50,          /* between looks at an input that cannot be watched and has nothing yet */
     INPUT_BYTES = 65536
 };
 
@@ -4056,8 +4084,8 @@ static bool editor_open(struct editor *e)
     static const char *const unbound[] = {"^V", "^R", "^S", "^Q", "^Z", "^C", "^O", "\\ex", "\\eX"};
     HistEventW ev;
     setlocale(LC_CTYPE, "");
-    if (MB_CUR_MAX == 1)
-        setlocale(LC_CTYPE, "C.UTF-8");
+    if (MB_CUR_MAX == 1 && !setlocale(LC_CTYPE, "C.UTF-8"))
+        setlocale(LC_CTYPE, "UTF-8"); /* macOS */
     if (tcgetattr(STDIN_FILENO, &e->saved) < 0 || !(e->history = history_winit()))
         return false;
     e->el = el_init("dtls", stdin, stdout, stderr);
@@ -4274,6 +4302,16 @@ static void client_readable(void *user, int fd, unsigned events)
     client_read(user);
 }
 
+/* Some of what cannot be watched may block all the same: on macOS a named pipe, /dev/tty. */
+static bool client_input_ready(void)
+{
+    struct timeval none = {0};
+    fd_set set;
+    FD_ZERO(&set);
+    FD_SET(STDIN_FILENO, &set);
+    return select(STDIN_FILENO + 1, &set, NULL, NULL, &none) != 0; /* an error is read()'s to tell */
+}
+
 static void client_input_timer(void *user)
 {
     struct client *cl = user;
@@ -4290,8 +4328,10 @@ static void client_input_timer(void *user)
             client_log(cl, DTLS_LOG_WARNING, text);
         }
         client_finish(cl, 0);
+    } else if (client_input_ready()) {
+        client_read(cl);
     } else {
-        client_read(cl); /* a file */
+        dtls_timer_set(cl->input_timer, LOOK_MS);
     }
 }
 
@@ -4514,8 +4554,7 @@ static int client_resolve(struct client *cl, const char *text, dtls_error *err)
     return 0;
 }
 
-/* On a terminal the editor; otherwise plain lines, watched unless the system refuses: files, /dev/null and their like never
- * block. */
+/* On a terminal the editor; otherwise plain lines, watched unless the system refuses, as it does files and /dev/null. */
 static int client_open_input(struct client *cl)
 {
     const char *term = getenv("TERM");
@@ -4529,7 +4568,9 @@ static int client_open_input(struct client *cl)
         cl->editor->line = client_edited;
         cl->editor->end = client_end_of_input;
         cl->editor->user = cl;
-        if (!dtls_watch_new(cl->loop, STDIN_FILENO, DTLS_READ, editor_readable, cl->editor) ||
+        /* macOS does not watch /dev/tty, if that is our input; the output is the same terminal. */
+        if ((!dtls_watch_new(cl->loop, STDIN_FILENO, DTLS_READ, editor_readable, cl->editor) &&
+             !dtls_watch_new(cl->loop, STDOUT_FILENO, DTLS_READ, editor_readable, cl->editor)) ||
             dtls_loop_signal(cl->loop, SIGWINCH, editor_resize, cl->editor) != 0 ||
             dtls_loop_signal(cl->loop, SIGTSTP, editor_suspend, cl->editor) != 0)
             return complain(1, "the terminal cannot be watched");

@@ -121,7 +121,7 @@ typedef struct dtls_loop_config {
     void *user;                    /* handed to now_us */
 } dtls_loop_config;
 
-/* A new loop; config may be NULL. NULL when out of memory or descriptors. */
+/* A new loop; config may be NULL. NULL when out of memory or descriptors. For one process: make it after fork(). */
 dtls_loop *dtls_loop_new(const dtls_loop_config *config);
 
 /* Frees the loop with every endpoint (their peers get close_notify, their events are raised), watch, timer and signal
@@ -162,7 +162,8 @@ int dtls_loop_signal(dtls_loop *loop, int signo, void (*fn)(void *user, int sign
 enum { DTLS_READ = 1, DTLS_WRITE = 2 };
 
 /* Calls fn while fd is readable or writable (level-triggered; errors and hang-ups count as both). The descriptor stays
- * yours; close it after dtls_watch_free(). NULL if the system cannot watch it (errno EPERM for regular files). */
+ * yours; close it after dtls_watch_free(). NULL if the system cannot watch it: errno is EPERM for regular files, and on
+ * macOS for named pipes; kqueue refuses to watch for writing what nobody reads any more (EPIPE, EBADF). */
 dtls_watch *dtls_watch_new(dtls_loop *loop, int fd, unsigned events, void (*fn)(void *user, int fd, unsigned events),
                            void *user);
 int dtls_watch_set(dtls_watch *watch, unsigned events); /* 0 or DTLS_ERR_SYSTEM */
@@ -213,7 +214,8 @@ typedef struct dtls_config {
     int max_conns;           /* 4,096, those in handshake included; a peer that restarts has two for that long */
     int max_handshakes;      /* 512 accepted handshakes in progress; one more ends the oldest */
     int datagrams_per_turn;  /* 64 read from one socket before the others get their turn */
-    int send_queue_bytes;    /* 1,048,576 waiting per socket when the system will not take more */
+    int send_queue_bytes;    /* 1,048,576 waiting per socket when the system will not take more; macOS and the BSDs */
+                             /* drop instead, and nothing waits */
     int socket_buffer_bytes; /* 1,048,576 asked for SO_RCVBUF and SO_SNDBUF; the system may give less */
     int session_cache;       /* 4,096 sessions kept for resumption by a server; DTLS_NEVER: none */
 

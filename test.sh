@@ -134,9 +134,10 @@ fi
 backends=
 if wanted backend && [ "$(uname)" = Linux ]; then
     for name in edges loops; do
-        build kqueue-$name "$sanitize $kqueue" tests/$name.c dtls.c -pthread $libssl
-        build kqueue-pipe-$name "$sanitize $kqueue -DKQUEUE_WITHOUT_USER" tests/$name.c dtls.c -pthread $libssl
-        backends="$backends kqueue-$name kqueue-pipe-$name"
+        for variant in '' -DKQUEUE_WITHOUT_USER -DKQUEUE_OF_MACOS; do
+            build kqueue-$name$variant "$sanitize $kqueue $variant" tests/$name.c dtls.c -pthread $libssl
+            backends="$backends kqueue-$name$variant"
+        done
     done
 fi
 if wanted threads; then build threads "$races" tests/loops.c dtls.c -pthread $libssl; fi

@@ -982,10 +982,9 @@ def terminal_backs_off(t):
     term.exits(0, timeout=PROMPT)
 
 
-@test
-def dumb_terminal(t):
+def dumb(t, **more):
     server = t.server()
-    term = t.term(server, term="dumb")
+    term = t.term(server, term="dumb", **more)
     term.ask("ping", "pong")
     other = t.client(server)
     other.send("bc to the dumb")
@@ -994,6 +993,31 @@ def dumb_terminal(t):
     term.exits(0, timeout=PROMPT)
     term.restored()
     check(b"\x1b" not in term.out.data, "escape sequences on a dumb terminal")
+
+
+@test
+def dumb_terminal(t):
+    dumb(t)
+
+
+# macOS cannot watch it, whatever terminal it stands for.
+FROM_DEV_TTY = ["sh", "-c", 'exec "$@" </dev/tty', "sh"]
+
+
+@test
+def dev_tty_as_input(t):
+    server = t.server()
+    term = t.term(server, under=FROM_DEV_TTY)
+    term.ask("ping", "pong")
+    term.prompts()
+    term.type("\x04")
+    term.exits(0, timeout=PROMPT)
+    term.restored()
+
+
+@test
+def dev_tty_as_input_of_a_dumb_terminal(t):
+    dumb(t, under=FROM_DEV_TTY)
 
 
 # ---- tests: who is let in --------------------------------------------------------------------------------------------

@@ -494,6 +494,14 @@ static void test_guard(void)
     m[0] = 2;
     CHECK(guard(c, TYPE_HANDSHAKE, 0, m, 16) == -1);
 
+    /* What the system says on a client's socket: a busy interface is no refusal. */
+    struct udp u = {.ep = ep, .conn = c};
+    c->hint_at = 0;
+    udp_error(&u, ENOBUFS);
+    CHECK(!c->hint_at && ep->counters.receive_errors == 1);
+    udp_error(&u, ECONNREFUSED);
+    CHECK(c->hint_at && strcmp(c->hint, strerror(ECONNREFUSED)) == 0);
+
     /* Established. */
     c->state = CONN_OPEN;
     c->overhead = OVERHEAD_MAX;

@@ -4,12 +4,14 @@
  * It keeps to what kqueue does where epoll differs: an event for each filter instead of a mask, so that a descriptor that
  * is readable and writable comes twice and one filter's change leaves the other alone; ENOENT for what was not added;
  * signals that are counted, not taken from a descriptor; EV_EOF; regular files that can be watched, and tell nothing at
- * their end. Of sockets it has IP_RECVDSTADDR and IP_SENDSRCADDR in place of IP_PKTINFO, one datagram a call, and EISCONN
- * for a destination on a connected one.
+ * their end; no /dev/tty. Of sockets it has IP_RECVDSTADDR and IP_SENDSRCADDR in place of IP_PKTINFO, one datagram a call,
+ * EISCONN for a destination on a connected one, buffers that are refused above a limit, and SO_SNDBUF as the limit of a
+ * datagram.
  *
  * Limits: one source file includes it (all of it is static), the first queue is made before there are threads, a descriptor
  * or signal is on one queue at a time, the only EVFILT_USER is number 0, and a call either changes one event or waits. With
- * -DKQUEUE_WITHOUT_USER there is no EVFILT_USER at all, as on OpenBSD before 7.8. */
+ * -DKQUEUE_WITHOUT_USER there is no EVFILT_USER at all, as on OpenBSD before 7.8; with -DKQUEUE_OF_MACOS there is IP_PKTINFO
+ * after all, without the local address in ipi_spec_dst. */
 #ifndef KQUEUE_SHIM_H
 #define KQUEUE_SHIM_H
 
@@ -23,6 +25,7 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -98,6 +101,10 @@ static int kq_change_descriptor(int kq, const struct kevent *e)
     }
     if (e->flags & EV_ADD && fstat(fd, &st) == 0 && S_ISREG(st.st_mode))
         return 0;
+    if (e->flags & EV_ADD && fstat(fd, &st) == 0 && S_ISCHR(st.st_mode) && st.st_rdev == makedev(5, 0)) {
+        errno = EINVAL; /* /dev/tty, as on macOS */
+        return -1;
+    }
     int r = epoll_ctl(kq, filters ? EPOLL_CTL_MOD : EPOLL_CTL_DEL, fd, &event);
     if (r < 0 && errno == ENOENT && e->flags & EV_ADD) { /* new, or its number is */
         filters = bit;
@@ -231,12 +238,48 @@ static int kevent(int kq, const struct kevent *changes, int n_changes, struct ke
 
 /* ---- sockets ---- */
 
+enum { KQ_BUFFER_MAX = 262144, KQ_SEND_BUFFER = 9216, KQ_RECEIVE_BUFFER = 41600 }; /* NetBSD's */
+
+static int kq_socket(int family, int type, int protocol)
+{
+    const int send = KQ_SEND_BUFFER, receive = KQ_RECEIVE_BUFFER;
+    int fd = socket(family, type, protocol);
+    if (fd >= 0) {
+        setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &send, sizeof send);
+        setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &receive, sizeof receive);
+    }
+    return fd;
+}
+
+/* Whether a datagram is larger than the send buffer, of which Linux tells the double. */
+static bool kq_too_long(int fd, const struct msghdr *m)
+{
+    int bytes = 0;
+    socklen_t size = sizeof bytes;
+    size_t len = 0;
+    for (size_t i = 0; i < m->msg_iovlen; i++)
+        len += m->msg_iov[i].iov_len;
+    return getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, &size) == 0 && len > (size_t)bytes / 2;
+}
+
+#ifndef KQUEUE_OF_MACOS
 #define IP_RECVDSTADDR 1007 /* no option of Linux's */
 #define IP_SENDSRCADDR IP_RECVDSTADDR
+#endif
 
 static int kq_setsockopt(int fd, int level, int name, const void *value, socklen_t len)
 {
-    return setsockopt(fd, level, level == IPPROTO_IP && name == IP_RECVDSTADDR ? IP_PKTINFO : name, value, len);
+    int bytes = 0;
+    memcpy(&bytes, value, len < sizeof bytes ? len : sizeof bytes);
+    if (level == SOL_SOCKET && (name == SO_SNDBUF || name == SO_RCVBUF) && bytes > KQ_BUFFER_MAX) {
+        errno = ENOBUFS;
+        return -1;
+    }
+#ifdef IP_RECVDSTADDR
+    if (level == IPPROTO_IP && name == IP_RECVDSTADDR)
+        name = IP_PKTINFO;
+#endif
+    return setsockopt(fd, level, name, value, len);
 }
 
 /* By the calls that the epoll backend makes, so that tests/faults.c stands in front of these, too. */
@@ -250,17 +293,21 @@ static ssize_t kq_recvmsg(int fd, struct msghdr *m, int flags)
     if (h && h->cmsg_level == IPPROTO_IP && h->cmsg_type == IP_PKTINFO) {
         struct in_pktinfo info;
         memcpy(&info, CMSG_DATA(h), sizeof info);
+#ifdef IP_RECVDSTADDR
         h->cmsg_type = IP_RECVDSTADDR;
         h->cmsg_len = CMSG_LEN(sizeof info.ipi_addr);
         memcpy(CMSG_DATA(h), &info.ipi_addr, sizeof info.ipi_addr);
         m->msg_controllen = CMSG_SPACE(sizeof info.ipi_addr);
+#else
+        memset(&info.ipi_spec_dst, 0, sizeof info.ipi_spec_dst);
+        memcpy(CMSG_DATA(h), &info, sizeof info);
+#endif
     }
     return (ssize_t)one.msg_len;
 }
 
 static ssize_t kq_sendmsg(int fd, const struct msghdr *m, int flags)
 {
-    _Alignas(struct cmsghdr) uint8_t control[CMSG_SPACE(sizeof(struct in_pktinfo))] = {0};
     struct mmsghdr one = {.msg_hdr = *m};
     struct sockaddr_storage ss;
     socklen_t len = sizeof ss;
@@ -268,6 +315,12 @@ static ssize_t kq_sendmsg(int fd, const struct msghdr *m, int flags)
         errno = EISCONN;
         return -1;
     }
+    if (kq_too_long(fd, m)) {
+        errno = EMSGSIZE;
+        return -1;
+    }
+#ifdef IP_SENDSRCADDR
+    _Alignas(struct cmsghdr) uint8_t control[CMSG_SPACE(sizeof(struct in_pktinfo))] = {0};
     struct cmsghdr *h = m->msg_controllen > 0 ? CMSG_FIRSTHDR(&one.msg_hdr) : NULL;
     if (h && h->cmsg_level == IPPROTO_IP && h->cmsg_type == IP_SENDSRCADDR) {
         struct in_pktinfo info = {0};
@@ -280,9 +333,11 @@ static ssize_t kq_sendmsg(int fd, const struct msghdr *m, int flags)
         h->cmsg_len = CMSG_LEN(sizeof info);
         memcpy(CMSG_DATA(h), &info, sizeof info);
     }
+#endif
     return sendmmsg(fd, &one, 1, flags) == 1 ? (ssize_t)one.msg_len : -1;
 }
 
+#define socket kq_socket
 #define setsockopt kq_setsockopt
 #define recvmsg kq_recvmsg
 #define sendmsg kq_sendmsg
