@@ -740,6 +740,40 @@ static void test_freed_in_a_burst(void)
     dtls_loop_free(loop);
 }
 
+static dtls_addr asked_on;
+
+static void note_local(dtls_conn *conn, dtls_event event, const void *data, size_t len)
+{
+    dtls_info info;
+    (void)data, (void)len;
+    dtls_conn_info(conn, &info);
+    if (event == DTLS_EV_CONNECTED && info.server)
+        asked_on = info.local;
+}
+
+/* A client's socket is connected: it takes nothing from another address than the one it asked. */
+static void test_wildcard(void)
+{
+    const char *what = "a wildcard socket answers from the address it was asked on";
+    dtls_error err = {0};
+    dtls_addr any = address("0.0.0.0:0"), second = address("127.0.0.2:0");
+    loop = dtls_loop_new(NULL);
+    dtls_endpoint *listening = socket_endpoint("server", (dtls_config){.on_event = note_local});
+    dtls_endpoint *connecting = socket_endpoint("client", (dtls_config){0});
+    if (dtls_endpoint_listen(listening, &second, &err) < 0) {
+        printf("skip - edges %s: %s\n", what, err.text);
+    } else {
+        dtls_target t = {.peer = second, .name = "localhost"};
+        int good = dtls_endpoint_listen(listening, &any, &err) == 0;
+        t.peer.port = any.port;
+        good = good && dtls_endpoint_connect(connecting, &t, &err);
+        for (int i = 0; i < POLLS && good && !asked_on.family; i++)
+            dtls_loop_poll(loop, POLL_MS);
+        check(dtls_addr_equal(&asked_on, &t.peer), what);
+    }
+    dtls_loop_free(loop);
+}
+
 static void count_drops(const char *what, const dtls_addr *to, const void *data, size_t len, dtls_endpoint *ep,
                         dtls_drop drop)
 {
@@ -1294,6 +1328,7 @@ int main(int argc, char **argv)
     test_listening();
     test_listening_on_own();
     test_freed_in_a_burst();
+    test_wildcard();
     test_odd_datagrams();
     test_junk_and_timers();
     test_end_in_a_batch();
