@@ -69,10 +69,10 @@ build() { # NAME, commonName, line of extensions...
 build_ca() {
     [ -e ca.pem ] || build ca "dtls.c test CA $(openssl rand -hex 4)" \
         'basicConstraints = critical, CA:TRUE, pathlen:0' 'keyUsage = critical, keyCertSign, cRLSign'
-    [ -e ca.key ] || fail 1 "$dir/ca.key is missing, nothing can be signed without it"
 }
 
 build_leaf() { # NAME, extendedKeyUsage, subjectAltName or nothing
+    [ -e ca.key ] || fail 1 "$dir/ca.key is missing, nothing can be signed without it"
     build "$1" "$1" 'basicConstraints = critical, CA:FALSE' 'keyUsage = critical, digitalSignature' \
         "extendedKeyUsage = $2" ${3:+"subjectAltName = $3"}
 }

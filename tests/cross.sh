@@ -1,9 +1,11 @@
 #!/bin/sh
 # Compiles dtls.c for systems that are not at hand, those with kqueue above all, with zig's C compiler, which brings their
-# headers. Nothing runs there: this finds what is named or typed otherwise on a system, and warnings.
+# headers. Nothing runs there: this finds what is named or typed otherwise on a system, and warnings. What it makes for this
+# machine runs.
 # usage: tests/cross.sh FOLDER
 #   FOLDER             for the compiler, headers and what is compiled, kept for the next time: 450 MB
 #   OPENSSL_INCLUDE    OpenSSL's headers, where not the installed ones: folders that have openssl/ in them
+#   CERTS_DIR          certificates, where not in certs
 # Uses the zig in PATH. If there is none, npm gets one: 87 MB to download.
 set -u
 release=0.16.0
@@ -81,15 +83,17 @@ compile() { # target, function it must call, function it must not call, compiler
     result "cross $target" "$wrong"
 }
 
-# For this machine the program can be linked and started, too.
+# For this machine they can be linked and run, too: the program starts, the library makes whole connections in memory.
 link() {
     if "$zig" cc $warn -O2 -g0 -DDTLS_MAIN $cflags -o "$scratch/dtls" dtls.c $libs >"$log" 2>&1 &&
-        "$scratch/dtls" --help >"$log" 2>&1; then
-        result 'cross program of this machine starts' ''
+        "$scratch/dtls" --help >"$log" 2>&1 &&
+        "$zig" cc $warn -O2 -g0 -I. $cflags -o "$scratch/memory" tests/memory.c dtls.c $libs >"$log" 2>&1 &&
+        "$scratch/memory" "${CERTS_DIR:-certs}" >"$log" 2>&1; then
+        result 'cross program and library of this machine run' ''
     elif grep -q 'unable to find .*library' "$log"; then
         skip "program of this machine: $(begin_of_log)"
     else
-        result 'cross program of this machine starts' "$(begin_of_log)"
+        result 'cross program and library of this machine run' "failed: $(grep -v '^ok - ' "$log" | head -n 5 | tr -s '\n ' ' ')"
     fi
 }
 

@@ -18,8 +18,9 @@ libev=-lev
 scratch=$(mktemp -d) || exit 1
 readme_server=
 echo_server=
+relay=
 running= # whatever else is
-trap 'kill $readme_server $echo_server $running 2>/dev/null; rm -rf "$scratch"' EXIT
+trap 'kill $readme_server $echo_server $relay $running 2>/dev/null; rm -rf "$scratch"' EXIT
 trap 'exit 1' HUP INT TERM
 
 failed=0
@@ -58,7 +59,7 @@ folder() { # name: made with what every project has, and entered
 }
 
 test_readme() {
-    folder README || return
+    folder README || fail 'drop-in' "no folder for it" || return
     block drop-in >main.c
     compile=$(block 'drop-in build' | grep '^cc ' | head -n 1)
     [ -s main.c ] || fail 'drop-in is in the README' 'no block after <!-- drop-in -->' || return
@@ -132,7 +133,8 @@ builds() { # command...: whether it makes try from the source text on its input
 # The page's folder is made and entered.
 page() { # file, compiler, arguments to the compiler after the page's name...
     name=${1%.*}
-    folder "$name" && cp "$root/tests/dropin/$1" "$root/tests/dropin/lines.h" . || return
+    folder "$name" && cp "$root/tests/dropin/$1" "$root/tests/dropin/lines.h" . ||
+        fail "dropin $name" "no folder for it, or no page" || return
     source=$1 compiler=$2
     shift 2
     # The compiler, as the flags, may be several words.
@@ -165,13 +167,45 @@ end_echo_server() {
     good echo_server
 }
 
-# The first line is answered before there is a second one: whoever blocks on one descriptor never sees the other.
+# Between client and server, for one client: prints its address, and loses the first datagram.
+lossy='
+import select, socket, sys
+front, back = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+front.bind(("127.0.0.1", 0))
+host, port = sys.argv[1].rsplit(":", 1)
+back.connect((host, int(port)))
+print("127.0.0.1:%d" % front.getsockname()[1], flush=True)
+front.recv(65535)
+while True:
+    for ready in select.select([front, back], [], [])[0]:
+        if ready is front:
+            data, client = front.recvfrom(65535)
+            back.send(data)
+        else:
+            front.sendto(back.recv(65535), client)
+'
+
+# The first datagram is lost: whoever does not ask the library when to call it again never connects. The first line is
+# answered before there is a second one: whoever blocks on one descriptor never sees the other.
 test_client() { # page
     [ -n "$echo_addr" ] || fail "dropin $1" 'no echo_server to talk to' || return
+    : >relay.out
+    python3 -c "$lossy" "$echo_addr" >relay.out 2>relay.log &
+    relay=$!
+    await "[ -s relay.out ] || ! kill -0 $relay 2>/dev/null"
+    test_client_through "$1" "$(cat relay.out)"
+    status=$?
+    kill $relay
+    wait $relay 2>/dev/null
+    relay=
+    return $status
+}
+
+test_client_through() { # page, address
     mkfifo in
     exec 3<>in # holds it open, whether the client is there or not
     : >out
-    "./$1" "$echo_addr" <in >out 2>client.log 3>&- &
+    "./$1" "$2" <in >out 2>client.log 3>&- &
     running=$!
     echo first >&3
     await "[ -s out ] || ! kill -0 $running 2>/dev/null"

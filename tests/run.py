@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 
-GRACE_S = 5
+GRACE_S = 30
 RESULTS = (b"ok - ", b"not ok - ", b"skip - ")
 REPORTS = (b"Sanitizer: ", b"runtime error: ")
 
