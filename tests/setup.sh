@@ -126,11 +126,12 @@ run() {
     $as env DEBIAN_FRONTEND=noninteractive "$@" </dev/null
 }
 {
-    # Package lists may be empty, or so old that what they name is gone.
-    run $install $names || { run $refresh && run $install $names; }
-} >"$scratch/log" 2>&1 || {
-    cat "$scratch/log" >&2
-    give_up_if_needed "failed: $install $names"
-}
+    # Package lists may be empty, or so old that what they name is gone. A package that this system does not have must not
+    # hold up the others.
+    run $install $names || { run $refresh && run $install $names; } || for name in $names; do run $install "$name"; done
+} >"$scratch/log" 2>&1
 missing=$(lacking $needed $extra)
-[ -z "$missing" ] || give_up_if_needed "still missing after $install $names: $missing"
+[ -z "$missing" ] || {
+    cat "$scratch/log" >&2
+    give_up_if_needed "still missing after $install $names: $missing"
+}
