@@ -38,7 +38,9 @@ if [ -e "$scratch/dtls.o" ]; then
     ${NM:-nm} -g -P "$scratch/dtls.o" | sed "s/^$underscore//" >"$scratch/names"
     result 'library exports its calls' "$(awk '$2 == "T" { print $1 }' "$scratch/names" | grep -qx dtls_loop_new ||
         cat "$scratch/names")"
-    result 'library exports only dtls_ names' "$(awk '$2 !~ /[Uvw]/ { print $1 }' "$scratch/names" | grep -v '^dtls_')"
+    # What has a dot in it is the compiler's: __x86.get_pc_thunk.ax.
+    result 'library exports only dtls_ names' "$(awk '$2 !~ /[Uvw]/ && !/[.]/ { print $1 }' "$scratch/names" |
+        grep -v '^dtls_')"
     result 'library neither prints nor exits' "$(awk '$2 ~ /[Uvw]/ { print $1 }' "$scratch/names" |
         grep -Ex '_*v?[fd]?printf(_chk)?|puts|putchar|perror|_*stdoutp?|_*stderrp?|_*[eE]xit|abort|_*assert.*')"
     result 'library needs no line editor' "$(awk '$2 ~ /[Uvw]/ { print $1 }' "$scratch/names" |
