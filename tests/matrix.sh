@@ -103,7 +103,7 @@ emulated() { # cell, Debian's architecture, compiler's name, byte 5 of its ELF f
     }
     system "$1" bookworm amd64 || return
     inside "dpkg --add-architecture $2 && apt-get update" && install "gcc libc6-dev openssl python3 qemu-user-static \
-        gcc-$3 g++-$3 libssl-dev:$2 libedit-dev:$2 libuv1-dev:$2 libev-dev:$2" || not_ok "$1" 'packages' || return
+        gcc-$3 g++-$3 libssl-dev:$2 libedit-dev:$2 libuv1-dev:$2 libev-dev:$2 libstdc++6:$2" || not_ok "$1" 'packages' || return
     handler=dtls-$1
     [ ! -e "$binfmt/$handler" ] || echo -1 >"$binfmt/$handler" # somebody was killed
     # F: the interpreter is opened now, so that it need not be found from inside.

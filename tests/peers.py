@@ -8,6 +8,7 @@ peer that is not installed is skipped. Debian has them in gnutls-bin, socat, lib
 
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -68,6 +69,7 @@ class Peer:
     small = ()  # and that have it send a handshake in datagrams of SMALL_MTU bytes
     link_mtu = 1500  # the largest MTU that we may assume
     sends = MESSAGE_MAX  # bytes of the largest message that its client sends, the end of the line included
+    takes = MESSAGE_MAX  # and of the largest that it reads
     suffix = ""  # what its client sends behind a line
 
     def need(self):
@@ -148,19 +150,22 @@ class GnuTLS(Installed):
     suffix = "\n"
     resume = "--resume",
     small = "--mtu", str(SMALL_MTU)
-    large_mtu = 17000
+    large = "--mtu", "17000"
     piece = 254
 
     def argv(self, command, certs, who, port):
-        return [command, "--udp", "--mtu", str(self.large_mtu), "--x509cafile", f"{certs}/ca.pem", "--port", str(port),
+        return [command, "--udp", "--x509cafile", f"{certs}/ca.pem", "--port", str(port),
                 "--x509certfile", f"{certs}/{who}.pem", "--x509keyfile", f"{certs}/{who}.key"]
+
+    def client(self, t, where, *more, certs=CERTS):
+        return super().client(t, where, *more, *(() if self.small[0] in more else self.large), certs=certs)
 
     def client_argv(self, host, port, certs):
         return [*self.argv("gnutls-cli", certs, "client", port), host]
 
     def server_argv(self, port, certs):
-        return ["stdbuf", "-oL", *self.argv("gnutls-serv", certs, "server", port), "--echo", "--require-client-cert",
-                "--verify-client-cert"]
+        return ["stdbuf", "-oL", *self.argv("gnutls-serv", certs, "server", port), *self.large, "--echo",
+                "--require-client-cert", "--verify-client-cert"]
 
     def echo(self, text):
         return [text[at:at + self.piece] for at in range(0, len(text), self.piece)]
@@ -203,6 +208,7 @@ class Compiled(Peer):
     ready = "listening"
     closed = noticed = "closed by the peer"
     header = None
+    usable = "1"  # for the preprocessor
     libraries = ()
     lock = threading.Lock()
     folder = None  # for the programs of all
@@ -213,11 +219,15 @@ class Compiled(Peer):
             if not self.program:
                 self.compile()
 
+    def has(self, condition):
+        """Whether the header is there, and the preprocessor finds this true of it."""
+        source = f"#include <{self.header}>\n#if !({condition})\n#error\n#endif\n"
+        return subprocess.run([*CC, "-E", "-x", "c", "-"], input=source.encode(), stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL).returncode == 0
+
     def compile(self):
-        looked = subprocess.run([*CC, "-E", "-x", "c", "-"], input=f"#include <{self.header}>\n".encode(),
-                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if looked.returncode:
-            raise Skip(f"no {self.header}")
+        if not self.has(self.usable):
+            raise Skip(f"no {self.header}, or one that is too old")
         if not Compiled.folder:
             Compiled.folder = tempfile.mkdtemp(prefix="dtls-peers-bin-")
             FOLDERS.add(Compiled.folder)
@@ -235,12 +245,14 @@ class Compiled(Peer):
 
 
 class WolfSSL(Compiled):
-    """Sends no message that would need IP fragments (wolfSSL_GetMaxOutputSize), but takes any. In a handshake it reads
-    1,400 bytes of a datagram (WOLFSSL_MAX_MTU in its internal.h) and, having lost what was behind them, puts no
-    overlapping fragments together: with a chain that fills larger datagrams we need to be told."""
+    """Sends no message that would need IP fragments (wolfSSL_GetMaxOutputSize), and takes any before 5.6.4; from then on
+    no larger ones. In a handshake it reads 1,400 bytes of a datagram (WOLFSSL_MAX_MTU in its internal.h) and, having lost
+    what was behind them, puts no overlapping fragments together: with a chain that fills larger datagrams we need to be
+    told."""
 
     name = "wolfssl"
     header = "wolfssl/ssl.h"
+    usable = "LIBWOLFSSL_VERSION_HEX >= 0x05000000"
     libraries = "-lwolfssl",
     connected = "connected: server, "
     refused = "failed: handshake: received alert"
@@ -248,6 +260,11 @@ class WolfSSL(Compiled):
     sends = 1300
     link_mtu = 1400
     chacha = "suite=ECDHE-ECDSA-CHACHA20-POLY1305"
+
+    def compile(self):
+        super().compile()
+        if self.has("LIBWOLFSSL_VERSION_HEX >= 0x05006004"):
+            self.takes = self.sends
 
     def echo(self, text):
         return [text if len(text) <= self.sends else f"{len(text)} bytes"]
@@ -340,7 +357,7 @@ def as_client(t, peer):
     for size in (1200, peer.sends):
         text = text_of(size - len("echo ") - len(peer.suffix))
         client.ask("echo " + text, text)
-    text = text_of(MESSAGE_MAX - len("bc ")).upper()
+    text = text_of(peer.takes - len("bc ")).upper()
     t.client(server).send("bc " + text)
     client.shows(text)
     client.close_stdin()
@@ -412,7 +429,7 @@ def as_server(t, peer):
     client = our_client(t, server)
     equal(client.connected()["name"], "server", "certificate name in our log")
     wanted = []
-    for text in (".", text_of(1200), text_of(MESSAGE_MAX)):
+    for text in (".", text_of(1200), text_of(peer.takes)):
         client.send(text)
         wanted += peer.echo(text)
         client.out.until(lambda: len(client.out.lines()) >= len(wanted), f"answer to {len(text)} bytes")
@@ -559,16 +576,22 @@ def with_chacha_only(t, peer):
 
 @with_each(GNUTLS)
 def client_refused_for_what_it_cannot(t, peer):
-    """GnuTLS takes an alert seriously only when it comes again after its next ClientHello, so we may refuse twice."""
+    """GnuTLS takes an alert seriously only when it comes again after its next ClientHello, so we may refuse twice. From
+    OpenSSL 3.2 on both have the same record number, and it does not notice the second."""
     server = t.server()
+    version = re.search(r"OpenSSL (\d+)\.(\d+)", subprocess.run([BIN, "--version"], stdout=subprocess.PIPE).stdout.decode())
+    notices = tuple(map(int, version.groups())) < (3, 2)
     for priority, reason, alert in (("NORMAL:-VERS-ALL:+VERS-DTLS1.0", "unsupported protocol", "protocol version"),
                                     ("NORMAL:-CIPHER-ALL:+AES-128-CBC", "no shared cipher", "Handshake failed"),
                                     ("NORMAL:-KX-ALL:+DHE-RSA", "no shared cipher", "Handshake failed")):
         before = server.err.count(reason)
         client = peer.client(t, server, "--priority", priority)
         server.err.wait(f"handshake failed: protocol error: {reason}", nth=before + 1)
-        client.says(f"Received alert .*{alert}")
-        client.reap(PROMPT)
+        if notices:
+            client.says(f"Received alert .*{alert}")
+            client.reap(PROMPT)
+        else:
+            client.kill()
     equal(server.err.count("connected:"), 0, "connections")
 
 
@@ -623,6 +646,8 @@ def client_with_rsa_4096(t, peer):
 
 @with_each(GNUTLS, SOCAT, WOLFSSL, MBEDTLS, slow=True)
 def server_with_rsa_4096(t, peer):
+    if peer is SOCAT and b"socat version 1.7.4.1 " in subprocess.run(["socat", "-V"], stdout=subprocess.PIPE).stdout:
+        raise Skip("socat 1.7.4.1 crashes then")
     server = peer.server(t, certs=Rsa.get())
     client = our_client(t, server, "--mtu", str(peer.link_mtu), certs=Rsa.get())
     equal(client.connected()["name"], "server", "certificate name in our log")
