@@ -216,7 +216,7 @@ typedef struct dtls_config {
     int datagrams_per_turn;  /* 64 read from one socket before the others get their turn */
     int send_queue_bytes;    /* 1,048,576 waiting per socket when the system will not take more; macOS and the BSDs */
                              /* drop instead, and nothing waits */
-    int socket_buffer_bytes; /* 1,048,576 asked for SO_RCVBUF and SO_SNDBUF; the system may give less */
+    int socket_buffer_bytes; /* 1,048,576 asked for SO_RCVBUF and SO_SNDBUF, at least 18,432; the system may give less */
     int session_cache;       /* 4,096 sessions kept for resumption by a server; DTLS_NEVER: none */
 
     /* A transport of your own: takes one datagram, returns 0, or not 0 if it cannot take it now. Then this endpoint

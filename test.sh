@@ -4,15 +4,16 @@
 # and valgrind and coverage besides: about half an hour. With "kqueue" the same tests as without it run on the kqueue
 # backend, which tests/kqueue lets Linux have. With "matrix" they run on other systems, in fresh ones below tests/build, and
 # dtls.c is compiled for systems that are not at hand: two hours, as root on Debian. The last line counts the results; the
-# exit status is 1 if anything failed, or if nothing passed. LIMIT_S is how long a program of the tests may take.
+# exit status is 1 if anything failed, or if nothing passed. LIMIT_S seconds (300) are a program's limit without "all".
 set -u
 cd "$(dirname -- "$0")" || exit 1
 programs='library unit edges keyholder memory loops threads simulate faults fuzz backend dropin e2e peers hostile'
 more='valgrind coverage'
-mode=quick limit_s=${LIMIT_S:-300} # for each program
-worlds=1000            # simulated with an optimizing compiler, and
-worlds_sanitized=60    # under sanitizers
-cells=                 # of the matrix
+mode=quick
+limit_s=${LIMIT_S:-300} # for each program
+worlds=1000             # simulated with an optimizing compiler, and
+worlds_sanitized=60     # under sanitizers
+cells=                  # of the matrix
 kqueue="-DDTLS_USE_KQUEUE -I$PWD/tests/kqueue"
 
 case ${1-} in

@@ -6,7 +6,6 @@
 # processors are tested, all of this machine's programs for them go to qemu.
 set -u
 cells='bullseye bookworm trixie sid i386 aarch64 musl'
-small='library unit edges keyholder memory loops backend dropin e2e simulate faults' # what the last three cells run
 
 [ $# -gt 0 ] && [ -n "$1" ] || {
     sed -n '4s/^# //p' "$0" >&2
@@ -94,8 +93,15 @@ install() { # packages
     inside "apt-get install -qy --no-install-recommends $1"
 }
 
+# Not what needs sanitizers, and not the peers and floods, which wait for real time.
+bookworm_without_sanitizers() { # cell, environment, what else there is to say
+    builds "$1" "$2" || return
+    programs "$1" "$2" 'library unit edges keyholder memory loops backend dropin e2e simulate faults' || return
+    done_with "$1" 3.0 "$3"
+}
+
 # Compiled by a cross compiler, run by qemu, 32-bit x86 as well, which not every kernel runs. Sanitizers do not work there,
-# and what takes a minute otherwise takes ten. (So the peers, which wait for real time, are left out.)
+# and what takes a minute otherwise takes ten.
 emulated() { # cell, Debian's architecture, compiler's name, byte 5 of its ELF files, byte 19
     [ -e $binfmt/register ] || mount -t binfmt_misc binfmt_misc $binfmt 2>/dev/null || {
         skip "$1" 'no binfmt_misc in this kernel'
@@ -110,10 +116,7 @@ emulated() { # cell, Debian's architecture, compiler's name, byte 5 of its ELF f
     printf '%s' ":$handler:M::\\x7fELF\\x$4\\x01\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x02\\x00\\x$5\\x00:\
 \\xff\\xff\\xff\\xff\\xff\\xff\\xff\\x00\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xfe\\xff\\xff\\xff:\
 $root/usr/bin/qemu-$1-static:F" >$binfmt/register || not_ok "$1" 'binfmt_misc' || return
-    environment="CC=$3-gcc CXX=$3-g++ NM=$3-nm LIMIT_S=3000"
-    builds "$1" "$environment" || return
-    programs "$1" "$environment" "$small" || return
-    done_with "$1" 3.0 'under qemu'
+    bookworm_without_sanitizers "$1" "CC=$3-gcc CXX=$3-g++ NM=$3-nm LIMIT_S=3000" 'under qemu'
 }
 
 # Debian has the C library, and what dtls.c needs as source only.
@@ -140,10 +143,7 @@ cell_musl() {
         inside 'ln -s /opt/musl/include/* "/usr/include/$(uname -m)-linux-musl/" &&
             ln -s /opt/musl/lib/*.a "/usr/lib/$(uname -m)-linux-musl/"' ||
         not_ok musl 'libraries for musl cannot be built' || return
-    environment='CC=musl-gcc PKG_CONFIG_LIBDIR=/opt/musl/lib/pkgconfig'
-    builds musl "$environment" || return
-    programs musl "$environment" "$small" || return
-    done_with musl 3.0 'libraries built for it'
+    bookworm_without_sanitizers musl 'CC=musl-gcc PKG_CONFIG_LIBDIR=/opt/musl/lib/pkgconfig' 'libraries built for it'
 }
 
 programs() { # cell, environment, programs of ./test.sh

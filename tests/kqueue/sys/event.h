@@ -99,9 +99,10 @@ static int kq_change_descriptor(int kq, const struct kevent *e)
         errno = ENOENT;
         return -1;
     }
-    if (e->flags & EV_ADD && fstat(fd, &st) == 0 && S_ISREG(st.st_mode))
+    bool adds = e->flags & EV_ADD && fstat(fd, &st) == 0;
+    if (adds && S_ISREG(st.st_mode))
         return 0;
-    if (e->flags & EV_ADD && fstat(fd, &st) == 0 && S_ISCHR(st.st_mode) && st.st_rdev == makedev(5, 0)) {
+    if (adds && S_ISCHR(st.st_mode) && st.st_rdev == makedev(5, 0)) {
         errno = EINVAL; /* /dev/tty, as on macOS */
         return -1;
     }
