@@ -5,8 +5,8 @@
  * is readable and writable comes twice and one filter's change leaves the other alone; ENOENT for what was not added;
  * signals that are counted, not taken from a descriptor; EV_EOF; regular files that can be watched, and tell nothing at
  * their end; no /dev/tty. Of sockets it has IP_RECVDSTADDR and IP_SENDSRCADDR in place of IP_PKTINFO, one datagram a call,
- * EISCONN for a destination on a connected one, buffers that are refused above a limit, and SO_SNDBUF as the limit of a
- * datagram.
+ * EISCONN for a destination on a connected one, send buffers that are refused above a limit, and SO_SNDBUF as the limit of
+ * a datagram. Not receive buffers: a small one only loses more in a flood.
  *
  * Limits: one source file includes it (all of it is static), the first queue is made before there are threads, a descriptor
  * or signal is on one queue at a time, the only EVFILT_USER is number 0, and a call either changes one event or waits. With
@@ -239,16 +239,14 @@ static int kevent(int kq, const struct kevent *changes, int n_changes, struct ke
 
 /* ---- sockets ---- */
 
-enum { KQ_BUFFER_MAX = 262144, KQ_SEND_BUFFER = 9216, KQ_RECEIVE_BUFFER = 41600 }; /* NetBSD's */
+enum { KQ_SEND_BUFFER = 9216, KQ_SEND_BUFFER_MAX = 262144 }; /* NetBSD's */
 
 static int kq_socket(int family, int type, int protocol)
 {
-    const int send = KQ_SEND_BUFFER, receive = KQ_RECEIVE_BUFFER;
+    const int bytes = KQ_SEND_BUFFER;
     int fd = socket(family, type, protocol);
-    if (fd >= 0) {
-        setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &send, sizeof send);
-        setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &receive, sizeof receive);
-    }
+    if (fd >= 0)
+        setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
     return fd;
 }
 
@@ -272,7 +270,7 @@ static int kq_setsockopt(int fd, int level, int name, const void *value, socklen
 {
     int bytes = 0;
     memcpy(&bytes, value, len < sizeof bytes ? len : sizeof bytes);
-    if (level == SOL_SOCKET && (name == SO_SNDBUF || name == SO_RCVBUF) && bytes > KQ_BUFFER_MAX) {
+    if (level == SOL_SOCKET && name == SO_SNDBUF && bytes > KQ_SEND_BUFFER_MAX) {
         errno = ENOBUFS;
         return -1;
     }
