@@ -13,20 +13,26 @@
  * COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
  * OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
  *
- * Top to bottom, each part calling only what stands above it:
  *
- *    1  platform     what differs between systems: includes, sockets, the event backends
- *    2  addresses    parse, format, pack, keyed hash
- *    3  loop         objects and their deferred end, timers, descriptors, signals, posts, one turn
- *    4  datagrams    batches in and out of UDP sockets, local addresses, the send queue
- *    5  guard, BIO   what may reach libssl, and how
- *    6  connection   handshake, timers, read, write, close
- *    7  endpoint     cookies, the connection table, listening, connecting
- *    8  context      certificates, versions, ciphers, sessions
- *    9  program      with -DDTLS_MAIN: options, server, client
+ * The parts, from top to bottom. Each one calls only itself and what stands above it; tests/structure.py proves that.
+ * Where something has to reach upward (a datagram that arrived, the end of a turn), the upper part is the one below in
+ * this file, and it has left a pointer.
  *
- * A datagram's way in:  udp_readable, ep_input (which peer, or the cookie exchange), conn_input (the guard), bio_read,
- * libssl, on_event. And out: dtls_conn_send, libssl, bio_write, udp_send, one flush at the end of the turn.
+ *    1  platform     includes, and what differs between systems but for the event backends
+ *    2  base         errors, addresses, a keyed hash
+ *    3  loop         objects and when they are freed, timers and deadlines, descriptors, signals, posts, one turn
+ *    4  datagrams    UDP sockets: batches in and out, local addresses, the send queue; knows no DTLS
+ *    5  wire         records, the guard in front of libssl, flights, the BIO
+ *    6  connection   associations and connections: their structs, the table, their end, the log, identities
+ *    7  traffic      an open connection: its deadlines, reading, sending, what one can ask of it
+ *    8  handshake    its states and their transitions, its deadlines, new starts; it ends by opening the connection
+ *    9  context      configuration, certificates, versions, ciphers, sessions
+ *   10  endpoint     cookies, ClientHellos, listening, connecting
+ *   11  program      with -DDTLS_MAIN: options, server, client
+ *
+ * A datagram's way in:  udp_readable, then ep_listening_input (which association, or the cookie exchange) or
+ * ep_own_input (a client's own socket), then hs_input or traffic_input (the guard), bio_read, libssl, on_event. And out:
+ * dtls_conn_send, libssl, bio_write, assoc_send, udp_send, and one flush at the end of the turn.
  */
 
 /* ==== 1. platform ================================================================================================= */
@@ -95,86 +101,6 @@
 #define SSL_get1_peer_certificate SSL_get_peer_certificate
 #endif
 
-enum {
-    EVENTS_PER_WAIT = 64,
-    SIGNALS_MAX = 16,
-    POSTS_MAX = 65536,
-    DATAGRAM_MAX = 18432, /* above any DTLS 1.2 record: 13 + 2^14 + 2,048, RFC 6347 section 4.3.1 */
-    BATCH_IN = 32,        /* datagrams per receive call */
-    BATCH_OUT = 64,       /* datagrams, and bytes, queued before an early flush */
-    BATCH_OUT_BYTES = 262144,
-    CONTROL_BYTES = 64 /* ancillary data: one in_pktinfo or in6_pktinfo with its header */
-};
-
-/* Every object that can end inside a callback starts with this: the end of the turn frees it. */
-struct object {
-    struct object *prev, *next;
-    void (*end)(struct object *object);     /* those that a loop's user made: what dtls_loop_free() calls */
-    void (*destroy)(struct object *object); /* at the end of the turn */
-};
-
-struct timer {
-    int64_t at_us;
-    size_t slot; /* place in the heap, from 1; 0: not set */
-    void (*fn)(void *user);
-    void *user;
-};
-
-struct dtls_timer {
-    struct object object;
-    dtls_loop *loop;
-    struct timer timer;
-    bool dead;
-};
-
-struct dtls_watch {
-    struct object object;
-    dtls_loop *loop;
-    int fd;
-    unsigned events;
-    bool dead;
-    void (*fn)(void *user, int fd, unsigned events);
-    void *user;
-};
-
-struct signal_watch {
-    int signo; /* 0: free */
-    void (*fn)(void *user, int signo);
-    void *user;
-    dtls_loop *loop;
-    dtls_watch *watch;    /* epoll: on a signalfd */
-    bool was_blocked;     /* epoll: put back afterwards */
-    struct sigaction was; /* kqueue: put back afterwards */
-};
-
-struct post {
-    struct post *next;
-    void (*fn)(void *arg);
-    void *arg;
-};
-
-struct dtls_loop {
-    int64_t (*now_us)(void *user);
-    void *clock_user;
-    int fd;      /* epoll or kqueue */
-    int wake[2]; /* eventfd twice, or a pipe, or -1 with EVFILT_USER */
-    unsigned depth;
-    bool stopping;
-    int64_t now; /* when this turn's events came */
-    struct object live, dead;
-    struct timer **heap; /* from index 1 */
-    size_t heap_len, heap_max, timers;
-    struct signal_watch signals[SIGNALS_MAX];
-    _Atomic(struct post *) posts;
-    atomic_size_t posts_len;
-    struct io *io;
-};
-
-static int64_t loop_now(const dtls_loop *l)
-{
-    return l->now_us(l->clock_user);
-}
-
 static int64_t clock_monotonic_us(void *user)
 {
     struct timespec ts;
@@ -193,222 +119,6 @@ static int fd_prepare(int fd)
     int flags = fcntl(fd, F_GETFL);
     return flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0 || fcntl(fd, F_SETFD, FD_CLOEXEC) < 0 ? -1 : 0;
 }
-
-static void loop_fire(dtls_watch *w, unsigned events);
-static void loop_signalled(struct signal_watch *s);
-
-/* The backends: six functions each, the same names. backend_wake() is the only one that other threads reach. */
-
-#ifndef DTLS_USE_KQUEUE
-
-static int backend_open(dtls_loop *l)
-{
-    struct epoll_event e = {.events = EPOLLIN, .data.ptr = NULL};
-    l->fd = epoll_create1(EPOLL_CLOEXEC);
-    l->wake[0] = l->wake[1] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-    return l->fd < 0 || l->wake[0] < 0 ? -1 : epoll_ctl(l->fd, EPOLL_CTL_ADD, l->wake[0], &e);
-}
-
-static void backend_close(dtls_loop *l)
-{
-    if (l->wake[0] >= 0)
-        close(l->wake[0]);
-    if (l->fd >= 0)
-        close(l->fd);
-}
-
-static void backend_wake(dtls_loop *l)
-{
-    uint64_t one = 1;
-    ssize_t n = write(l->wake[1], &one, sizeof one);
-    (void)n; /* it can only fail when the counter is full, and then the loop wakes anyway */
-}
-
-static int backend_watch(dtls_watch *w, unsigned events)
-{
-    struct epoll_event e = {.data.ptr = w};
-    int op = !w->events ? EPOLL_CTL_ADD : !events ? EPOLL_CTL_DEL : EPOLL_CTL_MOD;
-    if (w->events == events)
-        return 0;
-    e.events = (events & DTLS_READ ? (uint32_t)EPOLLIN : 0) | (events & DTLS_WRITE ? (uint32_t)EPOLLOUT : 0);
-    return epoll_ctl(w->loop->fd, op, w->fd, &e);
-}
-
-static int backend_wait(dtls_loop *l, int timeout_ms)
-{
-    struct epoll_event e[EVENTS_PER_WAIT];
-    int n = epoll_wait(l->fd, e, EVENTS_PER_WAIT, timeout_ms);
-    l->now = loop_now(l);
-    for (int i = 0; i < n; i++) {
-        if (e[i].data.ptr) {
-            unsigned in = e[i].events & (EPOLLIN | EPOLLERR | EPOLLHUP) ? DTLS_READ : 0;
-            unsigned out = e[i].events & (EPOLLOUT | EPOLLERR | EPOLLHUP) ? DTLS_WRITE : 0;
-            loop_fire(e[i].data.ptr, in | out);
-        } else {
-            uint64_t count;
-            ssize_t r = read(l->wake[0], &count, sizeof count);
-            (void)r; /* only empties the counter */
-        }
-    }
-    return n < 0 && errno != EINTR ? -1 : 0;
-}
-
-static void backend_signal_fd(void *user, int fd, unsigned events)
-{
-    struct signalfd_siginfo info;
-    (void)events;
-    if (read(fd, &info, sizeof info) == sizeof info)
-        loop_signalled(user);
-}
-
-static int backend_signal(struct signal_watch *s, bool on)
-{
-    sigset_t set, old;
-    sigemptyset(&set);
-    if (sigaddset(&set, s->signo) < 0) /* no such signal */
-        return -1;
-    if (!on) {
-        int fd = s->watch->fd;
-        dtls_watch_free(s->watch);
-        close(fd);
-        return s->was_blocked ? 0 : sigprocmask(SIG_UNBLOCK, &set, NULL);
-    }
-    if (sigprocmask(SIG_BLOCK, &set, &old) != 0)
-        return -1;
-    s->was_blocked = sigismember(&old, s->signo) == 1;
-    int fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
-    s->watch = fd < 0 ? NULL : dtls_watch_new(s->loop, fd, DTLS_READ, backend_signal_fd, s);
-    if (s->watch)
-        return 0;
-    if (fd >= 0)
-        close(fd);
-    if (!s->was_blocked)
-        sigprocmask(SIG_UNBLOCK, &set, NULL);
-    return -1;
-}
-
-#else
-
-static int backend_change(dtls_loop *l, uintptr_t ident, short filter, unsigned short flags, unsigned notes, void *user)
-{
-    struct kevent e;
-    EV_SET(&e, ident, filter, flags, notes, 0, user);
-    return kevent(l->fd, &e, 1, NULL, 0, NULL);
-}
-
-static int backend_open(dtls_loop *l)
-{
-    l->wake[0] = l->wake[1] = -1;
-    l->fd = kqueue();
-    if (l->fd < 0 || fcntl(l->fd, F_SETFD, FD_CLOEXEC) < 0)
-        return -1;
-#ifdef EVFILT_USER
-    return backend_change(l, 0, EVFILT_USER, EV_ADD | EV_CLEAR, 0, NULL);
-#else
-    if (pipe(l->wake) < 0 || fd_prepare(l->wake[0]) < 0 || fd_prepare(l->wake[1]) < 0)
-        return -1;
-    return backend_change(l, (uintptr_t)l->wake[0], EVFILT_READ, EV_ADD, 0, NULL);
-#endif
-}
-
-static void backend_close(dtls_loop *l)
-{
-    for (int i = 0; i < 2; i++)
-        if (l->wake[i] >= 0)
-            close(l->wake[i]);
-    if (l->fd >= 0)
-        close(l->fd);
-}
-
-static void backend_wake(dtls_loop *l)
-{
-#ifdef EVFILT_USER
-    backend_change(l, 0, EVFILT_USER, 0, NOTE_TRIGGER, NULL);
-#else
-    ssize_t n = write(l->wake[1], "", 1);
-    (void)n; /* it can only fail when the pipe is full, and then the loop wakes anyway */
-#endif
-}
-
-/* Whether kqueue takes it, but says nothing at its end: regular files, and on macOS named pipes. */
-static bool backend_ends_unseen(int fd)
-{
-    struct stat st;
-    if (fstat(fd, &st) < 0)
-        return false;
-#ifdef __APPLE__
-    if (S_ISFIFO(st.st_mode) && st.st_nlink > 0)
-        return true;
-#endif
-    return S_ISREG(st.st_mode);
-}
-
-static int backend_watch(dtls_watch *w, unsigned events)
-{
-    static const short filter[2] = {EVFILT_READ, EVFILT_WRITE};
-    static const unsigned bit[2] = {DTLS_READ, DTLS_WRITE};
-    unsigned was = w->events;
-    if (!was && events && backend_ends_unseen(w->fd)) {
-        errno = EPERM; /* as epoll does */
-        return -1;
-    }
-    for (int i = 0; i < 2; i++)
-        if (events & ~was & bit[i] && backend_change(w->loop, (uintptr_t)w->fd, filter[i], EV_ADD, 0, w) < 0) {
-            if (i > 0 && events & ~was & bit[0]) /* both or none */
-                backend_change(w->loop, (uintptr_t)w->fd, filter[0], EV_DELETE, 0, w);
-            return -1;
-        }
-    for (int i = 0; i < 2; i++)
-        if (was & ~events & bit[i] && backend_change(w->loop, (uintptr_t)w->fd, filter[i], EV_DELETE, 0, w) < 0)
-            return -1;
-    return 0;
-}
-
-static int backend_wait(dtls_loop *l, int timeout_ms)
-{
-    struct kevent e[EVENTS_PER_WAIT];
-    struct timespec ts = {timeout_ms / 1000, timeout_ms % 1000 * 1000000L};
-    int n = kevent(l->fd, NULL, 0, e, EVENTS_PER_WAIT, timeout_ms < 0 ? NULL : &ts);
-    l->now = loop_now(l);
-    for (int i = 0; i < n; i++) {
-        if (e[i].filter == EVFILT_SIGNAL) {
-            loop_signalled((void *)e[i].udata);
-        } else if (e[i].udata) {
-            unsigned event = e[i].filter == EVFILT_WRITE ? DTLS_WRITE : DTLS_READ;
-            loop_fire((void *)e[i].udata, event);
-        } else if (l->wake[0] >= 0) {
-            char drain[64];
-            while (read(l->wake[0], drain, sizeof drain) > 0)
-                ;
-        }
-    }
-    return n < 0 && errno != EINTR ? -1 : 0;
-}
-
-/* EVFILT_SIGNAL counts what a handler gets as well. Not SIG_IGN: programs that we start would inherit it, and ignoring
- * SIGCHLD takes their exit status away. */
-static void backend_signal_caught(int signo)
-{
-    (void)signo;
-}
-
-static int backend_signal(struct signal_watch *s, bool on)
-{
-    struct sigaction caught = {.sa_handler = backend_signal_caught, .sa_flags = SA_RESTART};
-    if (!on) {
-        sigaction(s->signo, &s->was, NULL);
-        return backend_change(s->loop, (uintptr_t)s->signo, EVFILT_SIGNAL, EV_DELETE, 0, NULL);
-    }
-    /* In this order: a signal between the two has its old effect, and is not lost. */
-    if (backend_change(s->loop, (uintptr_t)s->signo, EVFILT_SIGNAL, EV_ADD, 0, s) < 0)
-        return -1;
-    if (sigaction(s->signo, &caught, &s->was) == 0)
-        return 0;
-    backend_change(s->loop, (uintptr_t)s->signo, EVFILT_SIGNAL, EV_DELETE, 0, NULL);
-    return -1;
-}
-
-#endif
 
 /* UDP: how a wildcard socket tells and chooses its local IPv4 address. */
 #ifndef IP_SENDSRCADDR
@@ -497,13 +207,17 @@ static int batch_send(int fd, batch_msg *msgs, unsigned n)
 
 #endif
 
-/* Errors and versions, for all the parts below. */
+/* ==== 2. base ===================================================================================================== */
 
-static int fail(dtls_error *err, int code, const char *format, ...)
+/* Errors. */
+
 #ifdef __GNUC__
-    __attribute__((format(printf, 3, 4)))
+#define PRINTF_LIKE(text, first) __attribute__((format(printf, text, first)))
+#else
+#define PRINTF_LIKE(text, first)
 #endif
-    ;
+
+static int fail(dtls_error *err, int code, const char *format, ...) PRINTF_LIKE(3, 4);
 
 static int fail(dtls_error *err, int code, const char *format, ...)
 {
@@ -549,7 +263,7 @@ const char *dtls_strerror(int code)
     return code > 0 || code < DTLS_ERR_LIMIT ? "unknown error" : text[-code];
 }
 
-/* ==== 2. addresses ================================================================================================ */
+/* Addresses. */
 
 enum { ADDR_PACKED = 24 };
 
@@ -751,6 +465,87 @@ static uint64_t siphash(const uint8_t key[16], const uint8_t *data, size_t len)
 
 /* ==== 3. loop ===================================================================================================== */
 
+enum { EVENTS_PER_WAIT = 64, SIGNALS_MAX = 16, FIRED_MAX = EVENTS_PER_WAIT + SIGNALS_MAX, POSTS_MAX = 65536 };
+
+/* Every object that can end inside a callback starts with this: the end of the turn frees it. */
+struct object {
+    struct object *prev, *next;
+    void (*end)(struct object *object);     /* those that a loop's user made: what dtls_loop_free() calls */
+    void (*destroy)(struct object *object); /* at the end of the turn */
+};
+
+struct timer {
+    int64_t at_us;
+    size_t slot; /* place in the heap, from 1; 0: not set */
+    void (*fn)(void *user);
+    void *user;
+};
+
+struct dtls_timer {
+    struct object object;
+    dtls_loop *loop;
+    struct timer timer;
+    bool dead;
+};
+
+struct dtls_watch {
+    struct object object;
+    dtls_loop *loop;
+    int fd;
+    unsigned events;
+    bool dead;
+    void (*fn)(void *user, int fd, unsigned events);
+    void *user;
+};
+
+struct signal_watch {
+    int signo; /* 0: free */
+    void (*fn)(void *user, int signo);
+    void *user;
+    bool was_blocked;     /* epoll: put back afterwards */
+    struct sigaction was; /* kqueue: put back afterwards */
+};
+
+struct post {
+    struct post *next;
+    void (*fn)(void *arg);
+    void *arg;
+};
+
+/* One thing that the system says happened: a descriptor that is watched, or a signal. */
+struct fired {
+    dtls_watch *watch; /* NULL: a signal */
+    unsigned events;
+    int signo;
+};
+
+struct dtls_loop {
+    int64_t (*now_us)(void *user);
+    void *clock_user;
+    int fd;                   /* epoll or kqueue */
+    int wake[2];              /* eventfd twice, or a pipe, or -1 with EVFILT_USER */
+    int signal_fd;            /* epoll: one signalfd for all signals, or -1; */
+    sigset_t signals_watched; /* those that it reads */
+    unsigned depth;
+    bool stopping;
+    int64_t now; /* when this turn's events came */
+    struct object live, dead;
+    struct timer **heap; /* from index 1 */
+    size_t heap_len, heap_max, timers;
+    struct signal_watch signals[SIGNALS_MAX];
+    _Atomic(struct post *) posts;
+    atomic_size_t posts_len;
+    struct io *io;                      /* the datagram part's buffers, and */
+    void (*turn_ends)(dtls_loop *loop); /* what it does at the end of each turn; NULL: there are no sockets */
+};
+
+static int64_t loop_now(const dtls_loop *l)
+{
+    return l->now_us(l->clock_user);
+}
+
+/* Objects. */
+
 static void list_init(struct object *head)
 {
     head->prev = head->next = head;
@@ -769,9 +564,6 @@ static void list_remove(struct object *o)
     o->prev->next = o->next;
     o->next->prev = o->prev;
 }
-
-static void io_flush(dtls_loop *l);
-
 /* Everything that may run a callback or queue a datagram happens between enter and leave; the outermost leave ends the
  * turn. So a send outside any turn goes out at once, and one inside goes out with all others. */
 static void loop_enter(dtls_loop *l)
@@ -783,7 +575,8 @@ static void loop_enter(dtls_loop *l)
 static void loop_leave(dtls_loop *l)
 {
     if (l->depth == 1) {
-        io_flush(l);
+        if (l->turn_ends)
+            l->turn_ends(l);
         while (l->dead.next != &l->dead) {
             struct object *o = l->dead.next;
             list_remove(o);
@@ -877,6 +670,8 @@ static void timer_run(dtls_loop *l)
     }
 }
 
+/* Timers as a loop's user has them. */
+
 static void timer_end(struct object *o)
 {
     dtls_timer *t = (dtls_timer *)o;
@@ -918,14 +713,233 @@ void dtls_timer_free(dtls_timer *t)
     loop_leave(l);
 }
 
-/* Descriptors. */
+/* The backends: six functions each, the same names. backend_wait() only tells what fired, and calls nobody.
+ * backend_wake() is the only one that other threads reach. */
 
-static void loop_fire(dtls_watch *w, unsigned events)
+#ifndef DTLS_USE_KQUEUE
+
+/* Adds a descriptor of the loop's own; what stands in `mark` tells it from a watch. */
+static int backend_add(dtls_loop *l, int fd, void *mark)
 {
-    events &= w->events;
-    if (!w->dead && events)
-        w->fn(w->user, w->fd, events);
+    struct epoll_event e = {.events = EPOLLIN, .data.ptr = mark};
+    return epoll_ctl(l->fd, EPOLL_CTL_ADD, fd, &e);
 }
+
+static int backend_open(dtls_loop *l)
+{
+    sigemptyset(&l->signals_watched);
+    l->fd = epoll_create1(EPOLL_CLOEXEC);
+    l->wake[0] = l->wake[1] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    return l->fd < 0 || l->wake[0] < 0 ? -1 : backend_add(l, l->wake[0], l->wake);
+}
+
+static void backend_close(dtls_loop *l)
+{
+    const int fds[] = {l->signal_fd, l->wake[0], l->fd};
+    for (int i = 0; i < 3; i++)
+        if (fds[i] >= 0)
+            close(fds[i]);
+}
+
+static void backend_wake(dtls_loop *l)
+{
+    uint64_t one = 1;
+    ssize_t n = write(l->wake[1], &one, sizeof one);
+    (void)n; /* it can only fail when the counter is full, and then the loop wakes anyway */
+}
+
+static int backend_watch(dtls_watch *w, unsigned events)
+{
+    struct epoll_event e = {.data.ptr = w};
+    int op = !w->events ? EPOLL_CTL_ADD : !events ? EPOLL_CTL_DEL : EPOLL_CTL_MOD;
+    if (w->events == events)
+        return 0;
+    e.events = (events & DTLS_READ ? (uint32_t)EPOLLIN : 0) | (events & DTLS_WRITE ? (uint32_t)EPOLLOUT : 0);
+    return epoll_ctl(w->loop->fd, op, w->fd, &e);
+}
+
+static int backend_read_signals(dtls_loop *l, struct fired *fired)
+{
+    struct signalfd_siginfo info[SIGNALS_MAX];
+    ssize_t n = read(l->signal_fd, info, sizeof info);
+    int len = n > 0 ? (int)((size_t)n / sizeof *info) : 0;
+    for (int i = 0; i < len; i++)
+        fired[i] = (struct fired){.signo = (int)info[i].ssi_signo};
+    return len;
+}
+
+static int backend_wait(dtls_loop *l, int timeout_ms, struct fired *fired)
+{
+    struct epoll_event e[EVENTS_PER_WAIT];
+    int n = epoll_wait(l->fd, e, EVENTS_PER_WAIT, timeout_ms), len = 0;
+    for (int i = 0; i < n; i++) {
+        uint64_t count;
+        if (e[i].data.ptr == &l->signal_fd) {
+            len += backend_read_signals(l, fired + len);
+        } else if (e[i].data.ptr == l->wake) {
+            ssize_t r = read(l->wake[0], &count, sizeof count);
+            (void)r; /* only empties the counter */
+        } else {
+            unsigned in = e[i].events & (EPOLLIN | EPOLLERR | EPOLLHUP) ? DTLS_READ : 0;
+            unsigned out = e[i].events & (EPOLLOUT | EPOLLERR | EPOLLHUP) ? DTLS_WRITE : 0;
+            fired[len++] = (struct fired){.watch = e[i].data.ptr, .events = in | out};
+        }
+    }
+    return n < 0 && errno != EINTR ? -1 : len;
+}
+
+/* The signal is blocked, and the signalfd reads it. */
+static int backend_signal(dtls_loop *l, struct signal_watch *s, bool on)
+{
+    sigset_t one, old, all = l->signals_watched;
+    sigemptyset(&one);
+    if (sigaddset(&one, s->signo) < 0) /* no such signal */
+        return -1;
+    if (!on) {
+        sigdelset(&l->signals_watched, s->signo);
+        signalfd(l->signal_fd, &l->signals_watched, 0); /* changing a mask needs nothing and cannot fail */
+        return s->was_blocked ? 0 : sigprocmask(SIG_UNBLOCK, &one, NULL);
+    }
+    sigaddset(&all, s->signo);
+    if (sigprocmask(SIG_BLOCK, &one, &old) != 0)
+        return -1;
+    s->was_blocked = sigismember(&old, s->signo) == 1;
+    int fd = signalfd(l->signal_fd, &all, SFD_NONBLOCK | SFD_CLOEXEC);
+    if (fd >= 0 && (fd == l->signal_fd || backend_add(l, fd, &l->signal_fd) == 0)) {
+        l->signal_fd = fd;
+        l->signals_watched = all;
+        return 0;
+    }
+    if (fd >= 0)
+        close(fd);
+    if (!s->was_blocked)
+        sigprocmask(SIG_UNBLOCK, &one, NULL);
+    return -1;
+}
+
+#else
+
+static int backend_change(dtls_loop *l, uintptr_t ident, short filter, unsigned short flags, unsigned notes, void *user)
+{
+    struct kevent e;
+    EV_SET(&e, ident, filter, flags, notes, 0, user);
+    return kevent(l->fd, &e, 1, NULL, 0, NULL);
+}
+
+static int backend_open(dtls_loop *l)
+{
+    l->wake[0] = l->wake[1] = -1;
+    l->fd = kqueue();
+    if (l->fd < 0 || fcntl(l->fd, F_SETFD, FD_CLOEXEC) < 0)
+        return -1;
+#ifdef EVFILT_USER
+    return backend_change(l, 0, EVFILT_USER, EV_ADD | EV_CLEAR, 0, NULL);
+#else
+    if (pipe(l->wake) < 0 || fd_prepare(l->wake[0]) < 0 || fd_prepare(l->wake[1]) < 0)
+        return -1;
+    return backend_change(l, (uintptr_t)l->wake[0], EVFILT_READ, EV_ADD, 0, NULL);
+#endif
+}
+
+static void backend_close(dtls_loop *l)
+{
+    for (int i = 0; i < 2; i++)
+        if (l->wake[i] >= 0)
+            close(l->wake[i]);
+    if (l->fd >= 0)
+        close(l->fd);
+}
+
+static void backend_wake(dtls_loop *l)
+{
+#ifdef EVFILT_USER
+    backend_change(l, 0, EVFILT_USER, 0, NOTE_TRIGGER, NULL);
+#else
+    ssize_t n = write(l->wake[1], "", 1);
+    (void)n; /* it can only fail when the pipe is full, and then the loop wakes anyway */
+#endif
+}
+
+/* Whether kqueue takes it, but says nothing at its end: regular files, and on macOS named pipes. */
+static bool backend_ends_unseen(int fd)
+{
+    struct stat st;
+    if (fstat(fd, &st) < 0)
+        return false;
+#ifdef __APPLE__
+    if (S_ISFIFO(st.st_mode) && st.st_nlink > 0)
+        return true;
+#endif
+    return S_ISREG(st.st_mode);
+}
+
+static int backend_watch(dtls_watch *w, unsigned events)
+{
+    static const short filter[2] = {EVFILT_READ, EVFILT_WRITE};
+    static const unsigned bit[2] = {DTLS_READ, DTLS_WRITE};
+    unsigned was = w->events;
+    if (!was && events && backend_ends_unseen(w->fd)) {
+        errno = EPERM; /* as epoll does */
+        return -1;
+    }
+    for (int i = 0; i < 2; i++)
+        if (events & ~was & bit[i] && backend_change(w->loop, (uintptr_t)w->fd, filter[i], EV_ADD, 0, w) < 0) {
+            if (i > 0 && events & ~was & bit[0]) /* both or none */
+                backend_change(w->loop, (uintptr_t)w->fd, filter[0], EV_DELETE, 0, w);
+            return -1;
+        }
+    for (int i = 0; i < 2; i++)
+        if (was & ~events & bit[i] && backend_change(w->loop, (uintptr_t)w->fd, filter[i], EV_DELETE, 0, w) < 0)
+            return -1;
+    return 0;
+}
+
+static int backend_wait(dtls_loop *l, int timeout_ms, struct fired *fired)
+{
+    struct kevent e[EVENTS_PER_WAIT];
+    struct timespec ts = {timeout_ms / 1000, timeout_ms % 1000 * 1000000L};
+    int n = kevent(l->fd, NULL, 0, e, EVENTS_PER_WAIT, timeout_ms < 0 ? NULL : &ts), len = 0;
+    for (int i = 0; i < n; i++) {
+        if (e[i].filter == EVFILT_SIGNAL) {
+            fired[len++] = (struct fired){.signo = (int)e[i].ident};
+        } else if (e[i].udata) {
+            unsigned event = e[i].filter == EVFILT_WRITE ? DTLS_WRITE : DTLS_READ;
+            fired[len++] = (struct fired){.watch = (void *)e[i].udata, .events = event};
+        } else if (l->wake[0] >= 0) {
+            char drain[64];
+            while (read(l->wake[0], drain, sizeof drain) > 0)
+                ;
+        }
+    }
+    return n < 0 && errno != EINTR ? -1 : len;
+}
+
+/* EVFILT_SIGNAL counts what a handler gets as well. Not SIG_IGN: programs that we start would inherit it, and ignoring
+ * SIGCHLD takes their exit status away. */
+static void backend_signal_caught(int signo)
+{
+    (void)signo;
+}
+
+static int backend_signal(dtls_loop *l, struct signal_watch *s, bool on)
+{
+    struct sigaction caught = {.sa_handler = backend_signal_caught, .sa_flags = SA_RESTART};
+    if (!on) {
+        sigaction(s->signo, &s->was, NULL);
+        return backend_change(l, (uintptr_t)s->signo, EVFILT_SIGNAL, EV_DELETE, 0, NULL);
+    }
+    /* In this order: a signal between the two has its old effect, and is not lost. */
+    if (backend_change(l, (uintptr_t)s->signo, EVFILT_SIGNAL, EV_ADD, 0, NULL) < 0)
+        return -1;
+    if (sigaction(s->signo, &caught, &s->was) == 0)
+        return 0;
+    backend_change(l, (uintptr_t)s->signo, EVFILT_SIGNAL, EV_DELETE, 0, NULL);
+    return -1;
+}
+
+#endif
+
+/* Descriptors. */
 
 static void watch_end(struct object *o)
 {
@@ -971,12 +985,6 @@ void dtls_watch_free(dtls_watch *w)
 
 /* Signals and posts. */
 
-static void loop_signalled(struct signal_watch *s)
-{
-    if (s->fn)
-        s->fn(s->user, s->signo);
-}
-
 int dtls_loop_signal(dtls_loop *l, int signo, void (*fn)(void *user, int signo), void *user)
 {
     struct signal_watch *slot = NULL;
@@ -990,15 +998,15 @@ int dtls_loop_signal(dtls_loop *l, int signo, void (*fn)(void *user, int signo),
     if (!slot)
         return DTLS_ERR_LIMIT;
     if (!fn) {
-        int r = backend_signal(slot, false);
+        int r = backend_signal(l, slot, false);
         *slot = (struct signal_watch){0};
         return r < 0 ? DTLS_ERR_SYSTEM : 0;
     }
     bool known = slot->signo != 0;
-    *slot = known ? *slot : (struct signal_watch){.signo = signo, .loop = l};
+    *slot = known ? *slot : (struct signal_watch){.signo = signo};
     slot->fn = fn;
     slot->user = user;
-    if (known || backend_signal(slot, true) == 0)
+    if (known || backend_signal(l, slot, true) == 0)
         return 0;
     *slot = (struct signal_watch){0};
     return DTLS_ERR_SYSTEM;
@@ -1042,6 +1050,21 @@ static void loop_run_posts(dtls_loop *l, bool call)
 
 /* The loop. */
 
+/* What an earlier one of the same turn ended or set to silence is silent at once. */
+static void loop_dispatch(dtls_loop *l, const struct fired *f)
+{
+    dtls_watch *w = f->watch;
+    unsigned events = w ? f->events & w->events : 0;
+    if (w && !w->dead && events)
+        w->fn(w->user, w->fd, events);
+    for (struct signal_watch *s = l->signals; !w && s < l->signals + SIGNALS_MAX; s++) {
+        if (s->signo == f->signo) {
+            s->fn(s->user, s->signo);
+            return;
+        }
+    }
+}
+
 dtls_loop *dtls_loop_new(const dtls_loop_config *config)
 {
     dtls_loop *l = calloc(1, sizeof *l);
@@ -1051,7 +1074,7 @@ dtls_loop *dtls_loop_new(const dtls_loop_config *config)
     l->clock_user = config ? config->user : NULL;
     list_init(&l->live);
     list_init(&l->dead);
-    l->fd = l->wake[0] = l->wake[1] = -1;
+    l->fd = l->wake[0] = l->wake[1] = l->signal_fd = -1;
     if (backend_open(l) == 0)
         return l;
     backend_close(l);
@@ -1084,17 +1107,21 @@ int dtls_loop_timeout(dtls_loop *l)
 
 int dtls_loop_poll(dtls_loop *l, int timeout_ms)
 {
+    struct fired fired[FIRED_MAX];
     if (l->depth)
         return DTLS_ERR_STATE;
     int next = dtls_loop_timeout(l);
     if (next >= 0 && (timeout_ms < 0 || next < timeout_ms))
         timeout_ms = next;
     loop_enter(l);
-    int r = backend_wait(l, timeout_ms);
+    int n = backend_wait(l, timeout_ms, fired);
+    l->now = loop_now(l);
+    for (int i = 0; i < n; i++)
+        loop_dispatch(l, &fired[i]);
     loop_run_posts(l, true);
     timer_run(l);
     loop_leave(l);
-    return r < 0 ? DTLS_ERR_SYSTEM : 0;
+    return n < 0 ? DTLS_ERR_SYSTEM : 0;
 }
 
 int dtls_loop_run(dtls_loop *l)
@@ -1133,6 +1160,14 @@ void dtls_loop_free(dtls_loop *l)
 
 /* ==== 4. datagrams ================================================================================================ */
 
+enum {
+    DATAGRAM_MAX = 18432, /* above any DTLS 1.2 record: 13 + 2^14 + 2,048, RFC 6347 section 4.3.1 */
+    BATCH_IN = 32,        /* datagrams per receive call */
+    BATCH_OUT = 64,       /* datagrams, and bytes, queued before an early flush */
+    BATCH_OUT_BYTES = 262144,
+    CONTROL_BYTES = 64 /* ancillary data: one in_pktinfo or in6_pktinfo with its header */
+};
+
 /* What the system would not take yet, per socket, bounded by config.send_queue_bytes. */
 struct backlog {
     struct backlog *next;
@@ -1141,11 +1176,22 @@ struct backlog {
     uint8_t data[];
 };
 
+struct udp;
+
+/* Whom a socket serves: where its datagrams and its errors go, what it counts in, and how it is configured. */
+struct udp_user {
+    void (*input)(struct udp *u, const uint8_t *p, size_t n, const dtls_addr *from, const dtls_addr *to);
+    void (*error)(struct udp *u, int error);
+    void *owner;
+    dtls_counters *counters;
+    const dtls_config *cfg;
+};
+
 struct udp {
     struct object object;
-    dtls_endpoint *ep;
-    dtls_conn *conn; /* a client's own connected socket; NULL: a listening one */
+    struct udp_user user;
     dtls_watch *watch;
+    bool connected; /* a client's own, connected to its peer; otherwise one that listens */
     int fd;
     dtls_addr local;
     bool wildcard;
@@ -1178,11 +1224,17 @@ struct io {
     uint8_t out_bytes[BATCH_OUT_BYTES];
 };
 
-static void ep_input(dtls_endpoint *ep, struct udp *u, const uint8_t *p, size_t n, const dtls_addr *from,
-                     const dtls_addr *to);
-static void ep_count(dtls_endpoint *ep, dtls_drop reason);
-static const dtls_config *ep_config(const dtls_endpoint *ep);
-static void udp_error(struct udp *u, int error);
+static void udp_dropped(struct udp *u, dtls_drop reason)
+{
+    u->user.counters->dropped[reason]++;
+}
+
+/* What the system reports is counted, and told upward; life goes on. */
+static void udp_failed(struct udp *u, int error)
+{
+    u->user.counters->receive_errors++;
+    u->user.error(u, error);
+}
 
 /* Puts the local address that the datagram must leave from into the ancillary data. */
 static void udp_put_local(struct msghdr *m, struct control *c, const dtls_addr *from)
@@ -1237,7 +1289,7 @@ static void udp_fill(struct udp *u, struct msghdr *m, struct iovec *iov, struct 
     iov->iov_base = (void *)(uintptr_t)o->data; /* sendmsg only reads it */
     iov->iov_len = o->len;
     *m = (struct msghdr){.msg_iov = iov, .msg_iovlen = 1};
-    if (u->conn)
+    if (u->connected)
         return;
     m->msg_namelen = addr_to_sockaddr(&o->to, ss);
     m->msg_name = ss;
@@ -1245,8 +1297,8 @@ static void udp_fill(struct udp *u, struct msghdr *m, struct iovec *iov, struct 
         udp_put_local(m, c, &o->from);
 }
 
-/* Sends up to BATCH_OUT; returns how many are done with, taken by the system or given up. Less: it takes no more now.
- */
+/* Sends up to BATCH_OUT datagrams. Returns how many are done with, be it that the system took them or that they were
+ * given up; the others have to wait, since it takes no more now. */
 static unsigned udp_send_batch(struct udp *u, const struct outgoing *o, unsigned n)
 {
     batch_msg msgs[BATCH_OUT];
@@ -1265,11 +1317,11 @@ static unsigned udp_send_batch(struct udp *u, const struct outgoing *o, unsigned
         } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
             break;
         } else if (errno == ECONNREFUSED && !again) {
-            udp_error(u, errno);
+            udp_failed(u, errno);
             again = true;
         } else if (errno != EINTR) {
-            udp_error(u, errno);
-            ep_count(u->ep, DTLS_DROP_SEND);
+            udp_failed(u, errno);
+            udp_dropped(u, DTLS_DROP_SEND);
             done++;
             again = false;
         }
@@ -1279,7 +1331,7 @@ static unsigned udp_send_batch(struct udp *u, const struct outgoing *o, unsigned
 
 static int backlog_add(struct udp *u, const void *data, size_t len, const dtls_addr *from, const dtls_addr *to)
 {
-    size_t room = (size_t)ep_config(u->ep)->send_queue_bytes;
+    size_t room = (size_t)u->user.cfg->send_queue_bytes;
     if (len > room || u->backlog_bytes > room - len)
         return DTLS_ERR_AGAIN;
     struct backlog *b = malloc(sizeof *b + len);
@@ -1330,7 +1382,7 @@ static void io_flush(dtls_loop *l)
         for (unsigned k = i + udp_send_batch(u, &io->out[i], j - i); k < j; k++) {
             const struct outgoing *o = &io->out[k];
             if (backlog_add(u, o->data, o->len, &o->from, &o->to) != 0)
-                ep_count(u->ep, DTLS_DROP_SEND);
+                udp_dropped(u, DTLS_DROP_SEND);
         }
     }
     io->out_len = 0;
@@ -1357,21 +1409,21 @@ static void udp_receive_one(struct udp *u, batch_msg *m, const uint8_t *data)
 {
     dtls_addr from, to = u->local;
     if (m->msg_hdr.msg_flags & MSG_TRUNC) {
-        ep_count(u->ep, DTLS_DROP_OVERSIZE);
+        udp_dropped(u, DTLS_DROP_OVERSIZE);
         return;
     }
     if (dtls_addr_from_sockaddr(&from, m->msg_hdr.msg_name, m->msg_hdr.msg_namelen) != 0 || from.port == 0 ||
         (u->wildcard && !udp_get_local(&m->msg_hdr, &to))) {
-        ep_count(u->ep, DTLS_DROP_STRANGER);
+        udp_dropped(u, DTLS_DROP_STRANGER);
         return;
     }
-    ep_input(u->ep, u, data, m->msg_len, &from, &to);
+    u->user.input(u, data, m->msg_len, &from, &to);
 }
 
 static void udp_readable(struct udp *u)
 {
     struct io *io = u->watch->loop->io;
-    unsigned left = (unsigned)ep_config(u->ep)->datagrams_per_turn;
+    unsigned left = (unsigned)u->user.cfg->datagrams_per_turn;
     while (left > 0 && !u->watch->dead) {
         unsigned want = left < BATCH_IN ? left : BATCH_IN;
         for (unsigned i = 0; i < want; i++) {
@@ -1391,7 +1443,7 @@ static void udp_readable(struct udp *u)
             return;
         if (got < 0) { /* an ICMP report or the like: it is gone once read, what stands behind it is not */
             if (errno != EINTR)
-                udp_error(u, errno);
+                udp_failed(u, errno);
             left--;
             continue;
         }
@@ -1429,7 +1481,7 @@ static void udp_free(struct udp *u)
     loop_bury(l, &u->object);
 }
 
-/* A wish: Linux caps it, the BSDs refuse what is above their limit. There SO_SNDBUF limits a datagram, too. */
+/* Linux caps what is asked for, the BSDs refuse what is above their limit. There SO_SNDBUF limits a datagram, too. */
 static void udp_buffer(int fd, int option, int bytes)
 {
     if (bytes < DATAGRAM_MAX)
@@ -1439,11 +1491,11 @@ static void udp_buffer(int fd, int option, int bytes)
 }
 
 /* Options before bind: IPv6 only, the local address with each datagram, buffers. */
-static int udp_options(struct udp *u, const dtls_config *cfg)
+static int udp_options(const struct udp *u)
 {
     int one = 1;
-    udp_buffer(u->fd, SO_RCVBUF, cfg->socket_buffer_bytes);
-    udp_buffer(u->fd, SO_SNDBUF, cfg->socket_buffer_bytes);
+    udp_buffer(u->fd, SO_RCVBUF, u->user.cfg->socket_buffer_bytes);
+    udp_buffer(u->fd, SO_SNDBUF, u->user.cfg->socket_buffer_bytes);
     if (u->local.family == 6 && setsockopt(u->fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one) < 0)
         return -1;
     if (!u->wildcard)
@@ -1453,36 +1505,47 @@ static int udp_options(struct udp *u, const dtls_config *cfg)
     return setsockopt(u->fd, IPPROTO_IP, LOCAL4_RECV, &one, sizeof one);
 }
 
-/* A socket bound to local, or (peer given) one connected to the peer: a client's own socket, so that the system sorts
- * datagrams and reports ICMP errors. The address it got ends up in u->local. */
-static struct udp *udp_open(dtls_loop *l, dtls_endpoint *ep, struct object *list, const dtls_addr *local,
-                            const dtls_addr *peer)
+/* The system's socket: bound to u->local, or connected to the peer, if there is one. Its address ends up in u->local. */
+static int udp_socket(struct udp *u, const dtls_addr *peer)
 {
     union {
         struct sockaddr sa;
         struct sockaddr_storage ss;
     } at;
-    const dtls_addr *a = peer ? peer : local;
-    socklen_t len = addr_to_sockaddr(a, &at.ss);
-    struct udp *u = calloc(1, sizeof *u);
+    socklen_t len = addr_to_sockaddr(peer ? peer : &u->local, &at.ss);
+    u->fd = socket(u->local.family == 4 ? AF_INET : AF_INET6, SOCK_DGRAM, 0);
+    if (u->fd < 0 || fd_prepare(u->fd) < 0 || udp_options(u) < 0 ||
+        (peer ? connect(u->fd, &at.sa, len) : bind(u->fd, &at.sa, len)) < 0)
+        return -1;
+    len = sizeof at;
+    return getsockname(u->fd, &at.sa, &len) < 0 || dtls_addr_from_sockaddr(&u->local, &at.sa, len) < 0 ? -1 : 0;
+}
+
+static int io_open(dtls_loop *l)
+{
     if (!l->io)
         l->io = calloc(1, sizeof *l->io);
-    if (!u || !l->io) {
-        free(u);
+    l->turn_ends = io_flush;
+    return l->io ? 0 : -1;
+}
+
+/* A socket bound to local, or one connected to the peer: a client's own, so that the system sorts datagrams and reports
+ * ICMP errors. It is added to the list; udp_free() takes it off. NULL: errno tells why. */
+static struct udp *udp_open(dtls_loop *l, const struct udp_user *user, struct object *list, const dtls_addr *local,
+                            const dtls_addr *peer)
+{
+    struct udp *u = io_open(l) < 0 ? NULL : malloc(sizeof *u);
+    if (!u) {
         errno = ENOMEM;
         return NULL;
     }
-    u->object.destroy = udp_destroy;
-    u->ep = ep;
+    *u = (struct udp){.object.destroy = udp_destroy,
+                      .user = *user,
+                      .connected = peer != NULL,
+                      .local = peer ? *peer : *local,
+                      .wildcard = !peer && addr_is_wildcard(local)};
     u->last = &u->first;
-    u->local = *a;
-    u->wildcard = !peer && addr_is_wildcard(local);
-    u->fd = socket(a->family == 4 ? AF_INET : AF_INET6, SOCK_DGRAM, 0);
-    if (u->fd >= 0 && fd_prepare(u->fd) == 0 && udp_options(u, ep_config(ep)) == 0 &&
-        (peer ? connect(u->fd, &at.sa, len) : bind(u->fd, &at.sa, len)) == 0 &&
-        (len = sizeof at, getsockname(u->fd, &at.sa, &len)) == 0 &&
-        dtls_addr_from_sockaddr(&u->local, &at.sa, len) == 0 &&
-        (u->watch = dtls_watch_new(l, u->fd, DTLS_READ, udp_event, u)) != NULL) {
+    if (udp_socket(u, peer) == 0 && (u->watch = dtls_watch_new(l, u->fd, DTLS_READ, udp_event, u)) != NULL) {
         list_add(list, &u->object);
         return u;
     }
@@ -1494,26 +1557,18 @@ static struct udp *udp_open(dtls_loop *l, dtls_endpoint *ep, struct object *list
     return NULL;
 }
 
-/* ==== 5. guard and BIO ============================================================================================ */
+/* ==== 5. wire ===================================================================================================== */
 
 enum {
     RECORD_HEADER = 13, /* type, version, epoch, sequence number, length: RFC 6347 section 4.1 */
     RECORD_BODY_MAX = 16384 + 256,
-    HANDSHAKE_HEADER = 12,           /* type, length, message_seq, fragment offset, fragment length: section 4.2.2 */
-    CERTIFICATES_LENGTH_MAX = 32768, /* a long chain */
-    HELLO_LENGTH_MAX = 4096,
-    KEY_LENGTH_MAX = 2048, /* a signature of RSA-16384 */
-    SERVER_SEQ_MAX = 8,
-    HELLO_RANDOM = 32,
-    HELLO_SEQUENCE_MAX = 0xffff, /* libssl goes on counting from the ClientHello's record */
-    EARLY_RECORDS = 6,           /* protected records kept ahead of their keys: libssl buffers them unauthenticated */
-    OVERHEAD_MAX = 24,           /* explicit nonce and tag of GCM and CCM; ChaCha20-Poly1305 and CCM_8 have 16 */
-    OVERHEAD_MIN = 16,
-
     TYPE_CCS = 20,
     TYPE_ALERT = 21,
     TYPE_HANDSHAKE = 22,
     TYPE_DATA = 23,
+
+    HANDSHAKE_HEADER = 12, /* type, length, message_seq, fragment offset, fragment length: RFC 6347 section 4.2.2 */
+    HELLO_RANDOM = 32,
     CLIENT_HELLO = 1,
     SERVER_HELLO = 2,
     HELLO_VERIFY_REQUEST = 3,
@@ -1524,27 +1579,29 @@ enum {
     SERVER_HELLO_DONE = 14,
     CERTIFICATE_VERIFY = 15,
     CLIENT_KEY_EXCHANGE = 16,
-    CERTIFICATE_STATUS = 22,
+    CERTIFICATE_STATUS = 22
+};
 
-    COOKIE_BYTES = 16, /* keeps a HelloVerifyRequest (44 bytes) below any ClientHello */
-    COOKIE_SECRET = 32,
-    HINT_GRACE_MS = 3000, /* silence that makes an unauthenticated refusal credible */
-    HINT_RETRY_MS = 1000, /* the same before a client tries once more, and to believe it then */
-    STALL_MS = 4000,      /* a client's handshake stands still for so long: it begins anew; half of it more each time */
-    STALL_HELLO_MS = 2000, /* the same while the server has only its cookie to lose */
-    FAULTS_MAX = 5,        /* failures after which a client begins anew */
-    FAULTS_REFUSED = 2,    /* the same for the peer's alerts */
-    FAULTS_VERIFY = 1,     /* the same for certificates that we refuse */
-    NO_ALERT = -1,
-    HELLO_WAIT_MS = 1000, /* at most between ClientHellos until one is answered */
-    QUIET_MS = 1000,      /* no traffic for so long: libssl's record buffers, 33 KB, go back */
-    MTU_FALLBACK_1 = 1280,
-    MTU_FALLBACK_2 = 576,
+/* What the guard lets through. */
+enum {
+    CERTIFICATES_LENGTH_MAX = 32768, /* a long chain */
+    HELLO_LENGTH_MAX = 4096,
+    KEY_LENGTH_MAX = 2048, /* a signature of RSA-16384 */
+    SERVER_SEQ_MAX = 8,
+    EARLY_RECORDS = 6, /* protected records kept ahead of their keys: libssl buffers them unauthenticated */
+    OVERHEAD_MAX = 24, /* explicit nonce and tag of GCM and CCM; ChaCha20-Poly1305 and CCM_8 have 16 */
+    OVERHEAD_MIN = 16
+};
+
+enum {
     IP4_UDP_HEADERS = 28,
     IP6_UDP_HEADERS = 48,
-    NAME_MAX_BYTES = 64, /* ub-common-name, RFC 5280 appendix A */
-    REASON_BYTES = 160
+    MTU_FALLBACK_1 = 1280, /* what every IPv6 link carries, */
+    MTU_FALLBACK_2 = 576,  /* and every IPv4 host */
+    FLIGHT_SMALL = MTU_FALLBACK_2 - IP6_UDP_HEADERS
 };
+
+/* Records. */
 
 struct record {
     const uint8_t *start, *body;
@@ -1552,85 +1609,6 @@ struct record {
     unsigned type, epoch;
     uint64_t sequence;
 };
-
-enum conn_state { CONN_HANDSHAKE, CONN_OPEN, CONN_CLOSED };
-
-struct dtls_conn {
-    struct object object;
-    dtls_endpoint *ep;
-    dtls_loop *loop;
-    dtls_conn *hash_next;
-    dtls_conn *prev, *next; /* the endpoint's list; an ended one's next stays, for those who walk it */
-    SSL *ssl;
-    struct udp *udp; /* the socket it speaks through; NULL: a transport of the user's own */
-    dtls_addr peer, local;
-    struct timer timer; /* the earliest of all deadlines */
-    enum conn_state state;
-    bool server, resumed;
-
-    const uint8_t *in; /* the datagram libssl may read, borrowed */
-    size_t in_len;
-    bool in_renumber, in_peek;
-    uint64_t in_sequence;                                         /* next number for a renumbered record */
-    unsigned early, restarts, faults, refused, fallbacks, resent; /* refused: so many certificates, by us */
-    int mtu;                                                      /* the link's, as far as known */
-    bool output;                                                  /* libssl wrote a datagram since this was cleared */
-
-    uint8_t hello_random[HELLO_RANDOM]; /* of the peer's hello, ClientHello or ServerHello */
-    size_t overhead;
-    int64_t started, deadline; /* microseconds, as all times here */
-    int64_t hint_at;           /* when somebody claimed that the peer refuses us; 0: nobody */
-    int hint_alert;            /* by this alert, or NO_ALERT */
-    OSSL_HANDSHAKE_STATE step; /* of libssl's handshake, and since when */
-    int64_t step_at;
-    SSL_SESSION *session; /* a client's to resume, while in handshake */
-    char *name;           /* a client expects it in the certificate; NULL: the peer's IP address */
-    int64_t asked_at;     /* a client's ClientHello that waits for its answer began to do so */
-    int64_t answer_us;    /* the quickest answer to one: about a round trip */
-    bool answered;        /* a client's first ClientHello was */
-    bool cookie_seen;     /* by a HelloVerifyRequest: such a server takes a new start for what it is */
-    int64_t restart_at;   /* a client's SSL failed: when the next one takes over; 0: it did not */
-    bool buffers, used;   /* libssl's record buffers are there; were used since the timer last looked */
-    int64_t last_in, idle_raised;
-    uint64_t messages_in, messages_out, bytes_in, bytes_out;
-
-    dtls_reason reason;
-    dtls_reason fault; /* why a client's last try failed, and in words */
-    char fault_text[REASON_BYTES];
-    char hint[REASON_BYTES], text[REASON_BYTES], peer_name[NAME_MAX_BYTES + 1];
-    void *user;
-};
-
-struct dtls_endpoint {
-    struct object object;
-    dtls_loop *loop;
-    dtls_config cfg;
-    SSL_CTX *ctx;
-    BIO_METHOD *bio_method;
-    BIO_ADDR *listen_addr; /* DTLSv1_listen insists on one */
-    dtls_conn *spare;      /* answers ClientHellos; becomes the connection once a cookie proves right */
-    bool listening, sending, closed;
-    uint8_t *flight;                /* the datagram being packed while libssl writes a flight */
-    size_t flight_len, flight_room; /* 0: nothing is packed */
-    struct object sockets;
-    dtls_conn *first, *last;
-    dtls_conn **table;
-    size_t table_size;
-    uint8_t hash_key[16];
-    uint8_t secret[2][COOKIE_SECRET]; /* this one and the one before */
-    int64_t secret_at;
-    dtls_counters counters;
-};
-
-static void ep_count(dtls_endpoint *ep, dtls_drop reason)
-{
-    ep->counters.dropped[reason]++;
-}
-
-static const dtls_config *ep_config(const dtls_endpoint *ep)
-{
-    return &ep->cfg;
-}
 
 static unsigned load16(const uint8_t *p)
 {
@@ -1658,9 +1636,53 @@ static bool record_parse(const uint8_t *p, size_t n, struct record *r)
     return r->body_len > 0 && r->body_len <= RECORD_BODY_MAX && r->body_len <= n - RECORD_HEADER;
 }
 
+/* A ServerHello's random, if this is its first fragment; it tells one handshake of a server's from another. */
+static const uint8_t *record_server_random(const struct record *r)
+{
+    const uint8_t *p = r->body;
+    bool there = p[0] == SERVER_HELLO && load24(p + 6) == 0 && load24(p + 9) >= 2 + HELLO_RANDOM;
+    return there ? p + HANDSHAKE_HEADER + 2 : NULL;
+}
+
+/* An answer to a ClientHello. */
+static bool record_is_server_hello(const struct record *r)
+{
+    return r->epoch == 0 && r->type == TYPE_HANDSHAKE &&
+           (r->body[0] == SERVER_HELLO || r->body[0] == HELLO_VERIFY_REQUEST);
+}
+
+/* A ClientHello at the start of a datagram, unfragmented or its first fragment: what the cookie exchange looks at. */
+static bool record_client_hello(const uint8_t *p, size_t n, struct record *r)
+{
+    return record_parse(p, n, r) && r->epoch == 0 && r->type == TYPE_HANDSHAKE &&
+           r->body_len >= HANDSHAKE_HEADER + 2 + HELLO_RANDOM && r->body[0] == CLIENT_HELLO && load24(r->body + 6) == 0;
+}
+
+/* The guard: what may reach libssl. Pure functions, which change nothing: each returns a verdict on one record. What to
+ * do about it is up to the caller. The README has a table of the attacks. */
+
+enum {
+    GUARD_PASS = -1,
+    GUARD_CLAIM = -2 /* dropped as an alert (DTLS_DROP_ALERT), but it claims that the peer refuses us or leaves */
+    /* otherwise a dtls_drop: why the record must not pass */
+};
+
+/* What the guard has to know of a handshake. */
+struct guard {
+    bool server;           /* our role */
+    bool asks;             /* a server's: it asks for a certificate */
+    bool keyed;            /* libssl has the keys of the peer's protected records */
+    unsigned early;        /* protected records that went through before it had them */
+    bool hello_due;        /* a client's: its ClientHello waits for a ServerHello or HelloVerifyRequest, and */
+    bool answered;         /* had one of them before */
+    bool anew;             /* a client's: this is not its first try */
+    const uint8_t *random; /* of the last ServerHello that came, in this try or the one before */
+};
+
 /* Handshake messages that a peer may send unprotected: how long they get and, towards a server, their place. Behind our
  * cookie exchange a client's message_seq is fixed, so that nobody makes libssl keep more than one of each for later. A
- * server that asks for no certificate, by will of on_ssl_ctx, gets none, and the key in its place. */
+ * server whose on_ssl_ctx switched verification off asks for no certificate: none may come, and the key takes its place.
+ */
 static bool guard_message(unsigned type, unsigned seq, unsigned length, bool server, bool asks)
 {
     switch (type) {
@@ -1687,13 +1709,13 @@ static bool guard_message(unsigned type, unsigned seq, unsigned length, bool ser
 }
 
 /* libssl ends the handshake over a fragment that lies about its place or size; nothing in a real one does. */
-static bool guard_handshake(const struct record *r, bool server, bool asks)
+static bool guard_fragments(const struct guard *g, const struct record *r)
 {
     const uint8_t *p = r->body;
     size_t left = r->body_len;
     while (left >= HANDSHAKE_HEADER) {
         unsigned length = load24(p + 1), offset = load24(p + 6), fragment = load24(p + 9);
-        if (!guard_message(p[0], load16(p + 4), length, server, asks) || offset > length ||
+        if (!guard_message(p[0], load16(p + 4), length, g->server, g->asks) || offset > length ||
             fragment > length - offset || (fragment == 0 && length > 0) || fragment > left - HANDSHAKE_HEADER)
             return false;
         p += HANDSHAKE_HEADER + fragment;
@@ -1702,164 +1724,192 @@ static bool guard_handshake(const struct record *r, bool server, bool asks)
     return left == 0;
 }
 
-static void conn_arm(dtls_conn *c);
-
-/* Anybody can claim that the peer refuses us: a plaintext alert, an ICMP message. libssl never sees the claim. It is
- * believed only if nothing plausible follows for HINT_GRACE_MS, so that a forger cannot stop a handshake that goes on,
- * and a real refusal is still reported as such. */
-static void guard_hint(dtls_conn *c, int alert, const char *format, const char *what)
+/* After a new start, or at an address that another client had before, what the server sent in an earlier handshake still
+ * arrives. A message of it that libssl keeps for later would spoil this one. Of the last try we know the ServerHello;
+ * otherwise nobody can tell them apart, but only the right ones come in this order. */
+static bool guard_leftover(const struct guard *g, const struct record *r)
 {
-    if (!c->hint_at)
-        c->hint_at = loop_now(c->loop);
-    c->hint_alert = alert;
-    snprintf(c->hint, sizeof c->hint, format, what);
-    conn_arm(c);
-}
-
-/* A ServerHello's random, if this is its first fragment; it tells one handshake of a server's from another. */
-static const uint8_t *guard_server_random(const struct record *r)
-{
-    const uint8_t *p = r->body;
-    bool there = p[0] == SERVER_HELLO && load24(p + 6) == 0 && load24(p + 9) >= 2 + HELLO_RANDOM;
-    return there ? p + HANDSHAKE_HEADER + 2 : NULL;
-}
-
-static bool guard_is_hello(const struct record *r)
-{
-    return r->epoch == 0 && r->type == TYPE_HANDSHAKE &&
-           (r->body[0] == SERVER_HELLO || r->body[0] == HELLO_VERIFY_REQUEST);
-}
-
-/* After a new start, or where another one had our address, what the server sent in an earlier handshake still arrives; a
- * message of it that libssl keeps for later would spoil this one. Of the last one we know the ServerHello; otherwise
- * nobody can tell them apart, but only the right ones come in this order. */
-static bool guard_leftover(const dtls_conn *c, const struct record *r)
-{
-    if (c->server || SSL_get_state(c->ssl) != TLS_ST_CW_CLNT_HELLO)
+    if (!g->hello_due)
         return false;
-    if (guard_is_hello(r)) {
-        const uint8_t *random = guard_server_random(r);
-        if (random && c->restarts > 0 && memcmp(random, c->hello_random, HELLO_RANDOM) == 0)
-            return true;
-        return !c->answered && load16(r->body + 4) != 0;
-    }
-    return !c->answered || c->restarts > 0;
+    if (!record_is_server_hello(r))
+        return !g->answered || g->anew;
+    const uint8_t *random = record_server_random(r);
+    if (random && g->anew && memcmp(random, g->random, HELLO_RANDOM) == 0)
+        return true;
+    return !g->answered && load16(r->body + 4) != 0;
 }
 
-/* What may pass in a handshake. The attacks that each line stops are tried in the tests. */
-static int guard_in_handshake(dtls_conn *c, const struct record *r)
+static int guard_unprotected(const struct guard *g, const struct record *r)
 {
-    if (r->epoch == 0) {
-        switch (r->type) {
-        case TYPE_DATA:
-            return DTLS_DROP_DATA;
-        case TYPE_ALERT:
-            if (r->body_len == 2 && (r->body[0] == SSL3_AL_FATAL || r->body[1] == SSL_AD_CLOSE_NOTIFY))
-                guard_hint(c, r->body[1], "refused by the peer: %s", SSL_alert_desc_string_long(r->body[1]));
-            return DTLS_DROP_ALERT;
-        case TYPE_CCS:
-            return r->body_len == 1 && r->body[0] == 1 ? -1 : DTLS_DROP_HANDSHAKE;
-        }
-        bool asks = SSL_get_verify_mode(c->ssl) != SSL_VERIFY_NONE;
-        return guard_handshake(r, c->server, asks) && !guard_leftover(c, r) ? -1 : DTLS_DROP_HANDSHAKE;
+    switch (r->type) {
+    case TYPE_DATA:
+        return DTLS_DROP_DATA;
+    case TYPE_ALERT:
+        return r->body_len == 2 && (r->body[0] == SSL3_AL_FATAL || r->body[1] == SSL_AD_CLOSE_NOTIFY) ? GUARD_CLAIM
+                                                                                                      : DTLS_DROP_ALERT;
+    case TYPE_CCS:
+        return r->body_len == 1 && r->body[0] == 1 ? GUARD_PASS : DTLS_DROP_HANDSHAKE;
+    default:
+        return guard_fragments(g, r) && !guard_leftover(g, r) ? GUARD_PASS : DTLS_DROP_HANDSHAKE;
     }
+}
+
+static int guard_handshake(const struct guard *g, const struct record *r)
+{
+    if (r->epoch == 0)
+        return guard_unprotected(g, r);
     if (r->epoch != 1)
         return DTLS_DROP_EPOCH;
     if (r->type == TYPE_CCS)
         return DTLS_DROP_HANDSHAKE;
     if (r->body_len < OVERHEAD_MAX) /* the suite may not be known yet; the Finished and what follows is longer anyway */
         return DTLS_DROP_SHORT;
-    /* Once libssl has the peer's keys it drops what they do not open. Before, it keeps such records unread. */
-    OSSL_HANDSHAKE_STATE state = SSL_get_state(c->ssl);
-    if (state == TLS_ST_SR_CHANGE || state == TLS_ST_CR_CHANGE)
-        return -1;
-    return c->early++ < EARLY_RECORDS ? -1 : DTLS_DROP_EARLY;
+    /* With the keys libssl drops what they do not open. Before, it keeps such records unread. */
+    return g->keyed || g->early < EARLY_RECORDS ? GUARD_PASS : DTLS_DROP_EARLY;
 }
 
-/* -1: the record may pass; otherwise the reason why it must not. */
-static int guard_check(dtls_conn *c, const struct record *r)
+/* overhead: of the suite's nonce and tag. */
+static int guard_open(size_t overhead, const struct record *r)
 {
-    if (c->state == CONN_HANDSHAKE)
-        return guard_in_handshake(c, r);
     if (r->epoch != 1)
         return DTLS_DROP_EPOCH;
-    if (r->body_len < c->overhead) /* openssl/openssl#25290: fatal to libssl, whoever sent it */
+    if (r->body_len < overhead) /* openssl/openssl#25290: fatal to libssl, whoever sent it */
         return DTLS_DROP_SHORT;
-    return r->type == TYPE_CCS ? DTLS_DROP_HANDSHAKE : -1;
+    return r->type == TYPE_CCS ? DTLS_DROP_HANDSHAKE : GUARD_PASS;
 }
 
-/* A ClientHello at the start of a datagram, unfragmented or its first fragment: what the cookie exchange looks at. */
-static bool guard_client_hello(const uint8_t *p, size_t n, struct record *r)
-{
-    return record_parse(p, n, r) && r->epoch == 0 && r->type == TYPE_HANDSHAKE &&
-           r->body_len >= HANDSHAKE_HEADER + 2 + HELLO_RANDOM && r->body[0] == CLIENT_HELLO && load24(r->body + 6) == 0;
-}
+/* The BIO: what libssl reads from and writes to. */
+
+/* libssl sends a flight again with a datagram for each message, so that under loss one is always missing. While a flight
+ * is attached its datagrams are packed instead, as many as `room` holds. One that the transport refuses then counts as
+ * lost. It lies on the stack of whoever makes libssl write. */
+struct flight {
+    size_t len, room;
+    uint8_t bytes[DTLS_MESSAGE_MAX];
+};
+
+struct wire {
+    const uint8_t *in; /* the datagram or record that libssl may read next, borrowed; NULL: none */
+    size_t in_len;
+    bool in_peek, in_renumber;
+    uint64_t in_sequence; /* next number for a record that is renumbered */
+    int mtu;              /* the link's, as far as known */
+    int headers;          /* what IP and UDP take of it */
+    unsigned fallbacks;   /* times that libssl asked for a smaller one */
+    bool mtu_settled;     /* and gets none any more */
+    struct flight *flight;
+    bool written; /* libssl wrote a datagram since this was cleared */
+    int (*send)(void *owner, const void *data, size_t len);
+    void *owner;
+    dtls_counters *counters;
+};
 
 /* What fits into one datagram of a handshake; never more than any receiver's buffer for a record. */
-static size_t conn_mtu(const dtls_conn *c)
+static size_t wire_room(const struct wire *w)
 {
-    int n = c->mtu - (c->peer.family == 4 ? IP4_UDP_HEADERS : IP6_UDP_HEADERS);
+    int n = w->mtu - w->headers;
     return (size_t)(n < DTLS_MESSAGE_MAX ? n : DTLS_MESSAGE_MAX);
 }
 
-static int conn_output(dtls_conn *c, const void *data, size_t len);
+/* small: the same flight is sent a third time, and the path's MTU may be why. */
+static void flight_begin(struct wire *w, struct flight *f, bool small)
+{
+    size_t room = wire_room(w);
+    f->len = 0;
+    f->room = small && FLIGHT_SMALL < room ? FLIGHT_SMALL : room;
+    w->flight = f;
+}
+
+static void flight_flush(struct wire *w)
+{
+    struct flight *f = w->flight;
+    if (f->len > 0 && w->send(w->owner, f->bytes, f->len) != 0)
+        w->counters->dropped[DTLS_DROP_SEND]++;
+    f->len = 0;
+}
+
+static void flight_end(struct wire *w)
+{
+    flight_flush(w);
+    w->flight = NULL;
+}
 
 static int bio_read(BIO *b, char *out, int size)
 {
-    dtls_conn *c = BIO_get_data(b);
-    size_t n = c->in_len < (size_t)size ? c->in_len : (size_t)size;
+    struct wire *w = BIO_get_data(b);
+    size_t n = w->in_len < (size_t)size ? w->in_len : (size_t)size;
     BIO_clear_retry_flags(b);
-    if (!c->in || n == 0) {
+    if (!w->in || n == 0) {
         BIO_set_retry_read(b);
         return -1;
     }
-    memcpy(out, c->in, n);
-    if (c->in_peek)
+    memcpy(out, w->in, n);
+    if (w->in_peek)
         return (int)n;
     /* Plaintext sequence numbers prove nothing, but libssl would take a forged high one for the edge of its replay
      * window and every real record for stale. So these records are numbered as they come. */
-    if (c->in_renumber) {
-        uint64_t sequence = c->in_sequence++;
+    if (w->in_renumber) {
+        uint64_t sequence = w->in_sequence++;
         for (int i = 10; i >= 5; i--, sequence >>= 8)
             out[i] = (char)(sequence & 0xff);
     }
-    c->in = NULL;
+    w->in = NULL;
     return (int)n;
 }
 
 static int bio_write(BIO *b, const char *data, int len)
 {
-    dtls_conn *c = BIO_get_data(b);
+    struct wire *w = BIO_get_data(b);
+    struct flight *f = w->flight;
+    size_t n = (size_t)len;
     BIO_clear_retry_flags(b);
-    if (conn_output(c, data, (size_t)len) == 0)
+    w->written = true;
+    if (f && f->len + n > f->room)
+        flight_flush(w);
+    if (f && n <= f->room) {
+        memcpy(f->bytes + f->len, data, n);
+        f->len += n;
+        return len;
+    }
+    if (w->send(w->owner, data, n) == 0)
         return len;
     BIO_set_retry_write(b);
     return -1;
 }
 
+/* libssl asks for a smaller MTU at each timeout of a handshake from the third on, which may be the path's doing. It asks
+ * on an open connection, too, when the peer repeats its Finished for the third time, since our last flight was lost. That
+ * flight is small, so its loss tells nothing about the path: the MTU stays as the handshake found it. */
+static long wire_fall_back(struct wire *w)
+{
+    int less = w->fallbacks == 0 ? MTU_FALLBACK_1 : MTU_FALLBACK_2;
+    if (!w->mtu_settled) {
+        w->fallbacks++;
+        w->mtu = less < w->mtu ? less : w->mtu;
+    }
+    return (long)wire_room(w);
+}
+
 /* What libssl asks of a datagram BIO. It reads an unexpected answer as a size or a flag, so the default is 0. */
 static long bio_ctrl(BIO *b, int cmd, long num, void *ptr)
 {
-    dtls_conn *c = BIO_get_data(b);
+    struct wire *w = BIO_get_data(b);
     (void)ptr;
     switch (cmd) {
     case BIO_CTRL_FLUSH:
         return 1;
     case BIO_CTRL_PENDING:
-        return c->in ? (long)c->in_len : 0;
+        return w->in ? (long)w->in_len : 0;
     case BIO_CTRL_EOF:
-        return c->in == NULL;
+        return w->in == NULL;
     case BIO_CTRL_DGRAM_QUERY_MTU:
-        return (long)conn_mtu(c);
-    case BIO_CTRL_DGRAM_GET_FALLBACK_MTU: { /* asked at each timeout from the third on */
-        int less = c->fallbacks++ == 0 ? MTU_FALLBACK_1 : MTU_FALLBACK_2;
-        c->mtu = less < c->mtu ? less : c->mtu;
-        return (long)conn_mtu(c);
-    }
+        return (long)wire_room(w);
+    case BIO_CTRL_DGRAM_GET_FALLBACK_MTU:
+        return wire_fall_back(w);
     case BIO_CTRL_DGRAM_GET_MTU_OVERHEAD:
-        return c->peer.family == 4 ? IP4_UDP_HEADERS : IP6_UDP_HEADERS;
+        return w->headers;
     case BIO_CTRL_DGRAM_SET_PEEK_MODE:
-        c->in_peek = num != 0;
+        w->in_peek = num != 0;
         return 1;
     default: /* SET_NEXT_TIMEOUT, SET_CONNECTED, GET_PEER, SET_PEER, WPENDING, PUSH, POP, GET_KTLS_SEND (73) and _RECV
                 (76), and whatever comes: we know our peer and our timer ourselves, nothing waits, no KTLS */
@@ -1877,133 +1927,188 @@ static BIO_METHOD *bio_method_new(void)
     return NULL;
 }
 
-static dtls_conn *conn_of(SSL *ssl)
-{
-    return BIO_get_data(SSL_get_rbio(ssl));
-}
-
 /* ==== 6. connection =============================================================================================== */
 
-static void ep_unlist(dtls_conn *c);
-static void ep_replace(dtls_conn *c);
-/* RFC 6347 section 4.2.4.1, with our first value and cap instead of libssl's 1 s and 60 s. Growing by half and not
- * twofold: at 30 % loss each way that takes the slowest in a hundred handshakes from 14 s to 10 s. */
-static unsigned conn_retransmit_us(SSL *ssl, unsigned last_us)
+enum {
+    NAME_MAX_BYTES = 64, /* ub-common-name, RFC 5280 appendix A */
+    REASON_BYTES = 160,
+    COOKIE_SECRET = 32
+};
+
+struct association;
+
+/* A deadline: when it is due (microseconds; INT64_MAX: not as things are), and what happens then. */
+struct rule {
+    int64_t (*due)(const struct association *a);
+    void (*then)(struct association *a, int64_t now);
+};
+
+/* One DTLS association: an SSL, the BIO beneath it, the addresses and the socket that it speaks through, its deadlines.
+ * It begins with a handshake, whose data hang on it until it opens. A connection has one that is open, or one that it
+ * tries; it may have both, and then the one that is tried takes over as soon as it opens: nothing moves, but a pointer.
+ *
+ * Who frees it: the connection's end or the one that took over buries it, the end of the turn frees it. Its SSL, its
+ * handshake and, where it is a client's own, its socket go with it. */
+struct association {
+    struct object object;
+    dtls_endpoint *ep;
+    dtls_conn *conn; /* NULL: the endpoint's spare one, which answers ClientHellos */
+    struct association *table_next;
+    bool listed; /* in the table */
+    SSL *ssl;
+    struct wire wire;
+    struct udp *udp; /* the socket it speaks through; NULL: a transport of the user's own */
+    dtls_addr peer, local;
+    struct timer timer;
+    const struct rule *rules;    /* its deadlines, in the order of their rank; NULL: none, it is spare or has ended */
+    struct handshake *handshake; /* NULL: it is open, or spare */
+    uint8_t hello_random[HELLO_RANDOM]; /* of the peer's ClientHello or ServerHello */
+    size_t overhead;                    /* of the suite's records, once it is open */
+    bool buffers;                       /* libssl's record buffers are there, and */
+    int64_t used_at;                    /* when they were used last */
+};
+
+enum conn_state { CONN_CONNECTING, CONN_OPEN, CONN_CLOSED };
+
+/* What the application knows: one peer, whatever associations it takes. All times are microseconds. */
+struct dtls_conn {
+    struct object object;
+    dtls_endpoint *ep;
+    dtls_conn *prev, *next;            /* the endpoint's list; an ended one's next stays, for those who walk it */
+    struct association *open, *trying; /* they stay when it ends, to be asked until it is gone */
+    enum conn_state state;
+    bool server, resumed;
+    char *name;           /* a client expects it in the certificate; NULL: the peer's IP address */
+    SSL_SESSION *session; /* a client's to resume, until it is connected */
+    int64_t started, last_in, idle_raised;
+    uint64_t messages_in, messages_out, bytes_in, bytes_out;
+    dtls_reason reason;
+    char text[REASON_BYTES], peer_name[NAME_MAX_BYTES + 1];
+    void *user;
+};
+
+struct dtls_endpoint {
+    struct object object;
+    dtls_loop *loop;
+    dtls_config cfg;
+    SSL_CTX *ctx;
+    BIO_METHOD *bio_method;
+    BIO_ADDR *listen_addr;     /* DTLSv1_listen insists on one */
+    struct association *spare; /* answers ClientHellos; becomes a connection's once a cookie proves right */
+    bool listening, sending, closed;
+    struct object sockets;
+    dtls_conn *first, *last;
+    struct association **table;
+    size_t table_size, table_len;
+    uint8_t hash_key[16];
+    uint8_t secret[2][COOKIE_SECRET]; /* this one and the one before */
+    int64_t secret_at;
+    dtls_counters counters;
+};
+
+static void ep_count(dtls_endpoint *ep, dtls_drop reason)
 {
-    const dtls_conn *c = conn_of(ssl);
-    const dtls_config *cfg = &c->ep->cfg;
-    unsigned first = (unsigned)cfg->retransmit_ms * 1000u, max = (unsigned)cfg->retransmit_max_ms * 1000u;
-    /* Until the first answer only one side tries, and its datagram is small and costs the other nothing. */
-    if (!c->server && !c->answered && max > HELLO_WAIT_MS * 1000u)
-        max = first > HELLO_WAIT_MS * 1000u ? first : HELLO_WAIT_MS * 1000u;
-    if (last_us == 0)
-        return first;
-    return last_us > max / 3 * 2 ? max : last_us / 2 * 3;
+    ep->counters.dropped[reason]++;
 }
 
-static int conn_send_datagram(dtls_conn *c, const void *data, size_t len)
+/* The table: associations by the peer's address, chained, and compared by both addresses, since one peer may talk to two
+ * of ours from one port. */
+
+static size_t table_slot(const dtls_endpoint *ep, const dtls_addr *peer)
 {
-    dtls_endpoint *ep = c->ep;
+    uint8_t key[ADDR_PACKED];
+    addr_pack(peer, key);
+    return (size_t)siphash(ep->hash_key, key, sizeof key) & (ep->table_size - 1);
+}
+
+static struct association *table_match(struct association *a, const dtls_addr *peer, const dtls_addr *local)
+{
+    while (a && !(dtls_addr_equal(&a->peer, peer) && dtls_addr_equal(&a->local, local)))
+        a = a->table_next;
+    return a;
+}
+
+static struct association *table_find(const dtls_endpoint *ep, const dtls_addr *peer, const dtls_addr *local)
+{
+    return ep->table_size ? table_match(ep->table[table_slot(ep, peer)], peer, local) : NULL;
+}
+
+/* The next one with the same addresses: behind a restarted client's handshake stands its old association. */
+static struct association *table_next_same(const struct association *a)
+{
+    return table_match(a->table_next, &a->peer, &a->local);
+}
+
+static int table_grow(dtls_endpoint *ep)
+{
+    size_t old_size = ep->table_size;
+    struct association **old = ep->table, **table = calloc(old_size ? old_size * 2 : 64, sizeof *table);
+    if (!table)
+        return DTLS_ERR_MEMORY;
+    ep->table = table;
+    ep->table_size = old_size ? old_size * 2 : 64;
+    for (size_t i = 0; i < old_size; i++) {
+        for (struct association *a = old[i], *next; a; a = next) {
+            struct association **at = &table[table_slot(ep, &a->peer)];
+            while (*at) /* to the end: of two with the same addresses the newer one stays first */
+                at = &(*at)->table_next;
+            next = a->table_next;
+            a->table_next = NULL;
+            *at = a;
+        }
+    }
+    free(old);
+    return 0;
+}
+
+static int table_add(struct association *a)
+{
+    dtls_endpoint *ep = a->ep;
+    if (ep->table_len >= ep->table_size && table_grow(ep) < 0)
+        return DTLS_ERR_MEMORY;
+    size_t slot = table_slot(ep, &a->peer);
+    a->table_next = ep->table[slot];
+    a->listed = true;
+    ep->table[slot] = a;
+    ep->table_len++;
+    return 0;
+}
+
+static void table_remove(struct association *a)
+{
+    if (!a->listed)
+        return;
+    struct association **at = &a->ep->table[table_slot(a->ep, &a->peer)];
+    while (*at != a)
+        at = &(*at)->table_next;
+    *at = a->table_next;
+    a->listed = false;
+    a->ep->table_len--;
+}
+
+/* Associations. */
+
+static struct association *assoc_of(SSL *ssl)
+{
+    const struct wire *w = BIO_get_data(SSL_get_rbio(ssl));
+    return w->owner;
+}
+
+/* What libssl writes leaves through the socket, or through the user's transport. */
+static int assoc_send(void *owner, const void *data, size_t len)
+{
+    struct association *a = owner;
+    dtls_endpoint *ep = a->ep;
     int r;
-    if (c->udp) {
-        r = udp_send(c->loop, c->udp, data, len, &c->local, &c->peer);
+    if (a->udp) {
+        r = udp_send(ep->loop, a->udp, data, len, &a->local, &a->peer);
     } else {
         ep->sending = true; /* input from inside would enter libssl a second time */
-        r = ep->cfg.send(ep->cfg.user, data, len, &c->local, &c->peer);
+        r = ep->cfg.send(ep->cfg.user, data, len, &a->local, &a->peer);
         ep->sending = false;
     }
     ep->counters.datagrams_out += r == 0;
     return r;
-}
-
-/* libssl sends a flight again with a datagram for each message, so that under loss one is always missing. Between
- * flight_begin() and flight_end() its datagrams are packed: as many as the MTU holds, and less when the same flight is
- * sent a third time, since the path's MTU may be why. One that the transport refuses then counts as lost. */
-static void flight_begin(dtls_conn *c)
-{
-    size_t small = MTU_FALLBACK_2 - IP6_UDP_HEADERS, room = conn_mtu(c);
-    c->ep->flight_room = c->resent > 0 && small < room ? small : room;
-}
-
-static void flight_flush(dtls_conn *c)
-{
-    dtls_endpoint *ep = c->ep;
-    if (ep->flight_len > 0 && conn_send_datagram(c, ep->flight, ep->flight_len) != 0)
-        ep_count(ep, DTLS_DROP_SEND);
-    ep->flight_len = 0;
-}
-
-static void flight_end(dtls_conn *c)
-{
-    flight_flush(c);
-    c->ep->flight_room = 0;
-}
-
-/* What libssl writes. */
-static int conn_output(dtls_conn *c, const void *data, size_t len)
-{
-    dtls_endpoint *ep = c->ep;
-    c->output = true;
-    if (ep->flight_len + len > ep->flight_room)
-        flight_flush(c);
-    if (len > ep->flight_room)
-        return conn_send_datagram(c, data, len);
-    memcpy(ep->flight + ep->flight_len, data, len);
-    ep->flight_len += len;
-    return 0;
-}
-
-static void conn_timer(void *user);
-static void conn_drive(dtls_conn *c);
-
-static void conn_destroy(struct object *o)
-{
-    dtls_conn *c = (dtls_conn *)o;
-    timer_done(c->loop, &c->timer);
-    SSL_SESSION_free(c->session);
-    SSL_free(c->ssl);
-    errors_clear();
-    free(c->name);
-    free(c);
-}
-
-static SSL *conn_ssl_new(dtls_conn *c)
-{
-    BIO *bio = BIO_new(c->ep->bio_method);
-    SSL *ssl = bio ? SSL_new(c->ep->ctx) : NULL;
-    if (!ssl) {
-        BIO_free(bio);
-        return NULL;
-    }
-    BIO_set_data(bio, c);
-    BIO_set_init(bio, 1);
-    SSL_set_bio(ssl, bio, bio);
-    DTLS_set_timer_cb(ssl, conn_retransmit_us);
-    return ssl;
-}
-
-/* A connection in its handshake, not yet in the table. */
-static dtls_conn *conn_new(dtls_endpoint *ep, bool server)
-{
-    dtls_conn *c = calloc(1, sizeof *c);
-    if (!c)
-        return NULL;
-    *c = (dtls_conn){.object.destroy = conn_destroy,
-                     .ep = ep,
-                     .loop = ep->loop,
-                     .server = server,
-                     .buffers = true,
-                     .mtu = ep->cfg.mtu_bytes};
-    list_init(&c->object);
-    if (timer_init(c->loop, &c->timer, conn_timer, c) < 0) {
-        free(c);
-        return NULL;
-    }
-    c->ssl = conn_ssl_new(c);
-    if (c->ssl)
-        return c;
-    conn_destroy(&c->object);
-    return NULL;
 }
 
 static int64_t earlier(int64_t a, int64_t b)
@@ -2011,90 +2116,192 @@ static int64_t earlier(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
-static int64_t conn_idle_at(const dtls_conn *c)
+/* Sets the one timer to the earliest of all deadlines. Those that moved later meanwhile are found out when it fires, so
+ * that what moves them (each message does) need not touch it. */
+static void assoc_arm(struct association *a)
 {
-    const dtls_config *cfg = &c->ep->cfg;
-    if (cfg->idle_ms <= 0)
-        return INT64_MAX;
-    if (c->idle_raised > c->last_in)
-        return c->idle_raised + us(cfg->idle_repeat_ms);
-    return c->last_in + us(cfg->idle_ms);
-}
-
-static int64_t conn_dead_at(const dtls_conn *c)
-{
-    int ms = c->ep->cfg.idle_timeout_ms;
-    return ms == DTLS_NEVER ? INT64_MAX : c->last_in + us(ms);
-}
-
-/* When a client's handshake counts as stalled. A server without cookies would take a new start for a stale
- * ClientHello. */
-static int64_t conn_stalled_at(const dtls_conn *c)
-{
-    int64_t patience = us(c->step == TLS_ST_CW_CLNT_HELLO ? STALL_HELLO_MS : STALL_MS);
-    if (!c->cookie_seen)
-        return INT64_MAX;
-    return c->step_at + patience * (2 + c->restarts) / 2 + 2 * c->answer_us;
-}
-
-static bool conn_may_retry_refusal(const dtls_conn *c)
-{
-    return c->cookie_seen && c->hint_alert != NO_ALERT;
-}
-
-/* When a claim that the peer refuses us is acted upon. */
-static int64_t conn_hint_ripe_at(const dtls_conn *c)
-{
-    int64_t grace = us(HINT_GRACE_MS);
-    if (conn_may_retry_refusal(c))
-        grace = us(HINT_RETRY_MS);
-    else if (c->server && grace < us(c->ep->cfg.retransmit_max_ms))
-        grace = us(c->ep->cfg.retransmit_max_ms); /* the client may only be between two tries */
-    return c->hint_at ? c->hint_at + grace + 2 * c->answer_us : INT64_MAX;
-}
-
-/* Sets the one timer to the earliest deadline. While open, deadlines only move later when messages come, so the timer
- * is left alone then and looks again when it fires. */
-static void conn_arm(dtls_conn *c)
-{
-    int64_t now = loop_now(c->loop), at;
-    if (c->state == CONN_HANDSHAKE) {
-        struct timeval left;
-        at = c->deadline;
-        if (c->restart_at)
-            at = earlier(at, c->restart_at);
-        else
-            at = earlier(at, earlier(conn_stalled_at(c), conn_hint_ripe_at(c)));
-        if (!c->restart_at && DTLSv1_get_timeout(c->ssl, &left)) {
-            /* libssl's timer follows the wall clock: after a step it could be far off, so never wait past the cap */
-            int64_t wait = left.tv_sec * (int64_t)1000000 + left.tv_usec;
-            wait = earlier(wait, us(c->ep->cfg.retransmit_max_ms));
-            at = earlier(at, now + (wait < us(1) ? us(1) : wait));
-        }
-    } else {
-        at = earlier(conn_idle_at(c), conn_dead_at(c));
-        if (c->buffers)
-            at = earlier(at, now + us(QUIET_MS));
-    }
+    int64_t now = loop_now(a->ep->loop), at = INT64_MAX;
+    for (const struct rule *r = a->rules; r && r->due; r++)
+        at = earlier(at, r->due(a));
     if (at == INT64_MAX)
-        timer_stop(c->loop, &c->timer);
+        timer_stop(a->ep->loop, &a->timer);
     else
-        timer_set(c->loop, &c->timer, at);
+        timer_set(a->ep->loop, &a->timer, at > now ? at : now + 1000); /* what is due at once waits for its turn */
+}
+
+static void assoc_fire(void *user)
+{
+    struct association *a = user;
+    int64_t now = loop_now(a->ep->loop);
+    const struct rule *r = a->rules;
+    while (r->due && r->due(a) > now)
+        r++;
+    if (r->due)
+        r->then(a, now);
+    assoc_arm(a);
+}
+
+static void assoc_destroy(struct object *o)
+{
+    struct association *a = (struct association *)o;
+    timer_done(a->ep->loop, &a->timer);
+    SSL_free(a->ssl);
+    errors_clear();
+    free(a->handshake);
+    free(a);
+}
+
+/* An SSL that speaks through this association; the BIO goes with it. */
+static SSL *assoc_ssl_new(struct association *a)
+{
+    BIO *bio = BIO_new(a->ep->bio_method);
+    SSL *ssl = bio ? SSL_new(a->ep->ctx) : NULL;
+    if (!ssl) {
+        BIO_free(bio);
+        return NULL;
+    }
+    BIO_set_data(bio, &a->wire);
+    BIO_set_init(bio, 1);
+    SSL_set_bio(ssl, bio, bio);
+    return ssl;
+}
+
+/* NULL: no memory. It belongs to nobody yet: assoc_destroy() or assoc_end() is up to the caller. */
+static struct association *assoc_new(dtls_endpoint *ep)
+{
+    struct association *a = calloc(1, sizeof *a);
+    if (!a)
+        return NULL;
+    *a = (struct association){.object.destroy = assoc_destroy, .ep = ep, .buffers = true};
+    a->wire = (struct wire){.mtu = ep->cfg.mtu_bytes, .send = assoc_send, .owner = a, .counters = &ep->counters};
+    list_init(&a->object);
+    if (timer_init(ep->loop, &a->timer, assoc_fire, a) < 0) {
+        free(a);
+        return NULL;
+    }
+    a->ssl = assoc_ssl_new(a);
+    if (a->ssl)
+        return a;
+    assoc_destroy(&a->object);
+    return NULL;
+}
+
+static void assoc_set_addresses(struct association *a, const dtls_addr *peer, const dtls_addr *local)
+{
+    a->peer = *peer;
+    a->local = *local;
+    a->wire.headers = peer->family == 4 ? IP4_UDP_HEADERS : IP6_UDP_HEADERS;
 }
 
 /* libssl 3.0 crashes when it writes without its buffers, so they come back before any call that might. False: no memory,
  * and libssl will not use this SSL again. */
-static bool conn_need_buffers(dtls_conn *c)
+static bool assoc_need_buffers(struct association *a)
 {
-    c->used = true;
-    if (c->buffers)
+    a->used_at = a->ep->loop->now;
+    if (a->buffers)
         return true;
     errors_clear();
-    if (!SSL_alloc_buffers(c->ssl))
+    if (!SSL_alloc_buffers(a->ssl))
         return false;
-    c->buffers = true;
-    conn_arm(c);
+    a->buffers = true;
+    assoc_arm(a);
     return true;
+}
+
+/* Lets go of it. The peer is told where it can understand that. */
+static void assoc_end(struct association *a, dtls_reason reason)
+{
+    bool tell = reason == DTLS_CLOSE_LOCAL || reason == DTLS_CLOSE_PEER || reason == DTLS_CLOSE_IDLE ||
+                reason == DTLS_CLOSE_VERIFY;
+    if (tell && SSL_is_init_finished(a->ssl) && assoc_need_buffers(a)) {
+        errors_clear();
+        SSL_shutdown(a->ssl); /* close_notify, sent once; nothing waits for an answer */
+    } else if (reason != DTLS_CLOSE_ERROR && reason != DTLS_CLOSE_VERIFY) {
+        SSL_set_shutdown(a->ssl, SSL_SENT_SHUTDOWN | SSL_RECEIVED_SHUTDOWN); /* the session stays good for resumption */
+    }
+    errors_clear();
+    a->rules = NULL;
+    timer_stop(a->ep->loop, &a->timer);
+    table_remove(a);
+    if (a->udp && a->udp->connected)
+        udp_free(a->udp);
+    loop_bury(a->ep->loop, &a->object);
+}
+
+/* Why libssl gave up, in words. *code is OpenSSL's reason. */
+static dtls_reason assoc_failure(const struct association *a, int *code, char text[REASON_BYTES])
+{
+    unsigned long e = ERR_peek_last_error();
+    const char *words = ERR_reason_error_string(e), *format = "protocol error: %s";
+    dtls_reason why = DTLS_CLOSE_ERROR;
+    *code = ERR_GET_REASON(e);
+    if (ERR_GET_LIB(e) != ERR_LIB_SSL || !words) {
+        format = "OpenSSL: %s";
+        words = words ? words : "no reason given";
+    } else if (*code == SSL_R_CERTIFICATE_VERIFY_FAILED) {
+        why = DTLS_CLOSE_VERIFY;
+        format = "certificate refused: %s";
+        words = X509_verify_cert_error_string(SSL_get_verify_result(a->ssl));
+    } else if (*code == SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE) {
+        why = DTLS_CLOSE_VERIFY;
+        format = "certificate refused: %s";
+        words = "peer sent no certificate";
+    } else if (*code > SSL_AD_REASON_OFFSET && *code <= SSL_AD_REASON_OFFSET + UINT8_MAX) {
+        format = "the peer sent %s";
+    }
+    snprintf(text, REASON_BYTES, format, words);
+    return why;
+}
+
+/* Connections. */
+
+static void conn_destroy(struct object *o)
+{
+    dtls_conn *c = (dtls_conn *)o;
+    SSL_SESSION_free(c->session);
+    free(c->name);
+    free(c);
+}
+
+/* A connection that tries this association; not on any list yet, and `a` stays the caller's. NULL: no memory. */
+static dtls_conn *conn_new(struct association *a, bool server)
+{
+    dtls_conn *c = calloc(1, sizeof *c);
+    if (!c)
+        return NULL;
+    *c = (dtls_conn){.object.destroy = conn_destroy, .ep = a->ep, .trying = a, .server = server};
+    c->started = loop_now(a->ep->loop);
+    list_init(&c->object);
+    a->conn = c;
+    return c;
+}
+
+static int conn_list(dtls_conn *c)
+{
+    dtls_endpoint *ep = c->ep;
+    if (table_add(c->trying) < 0)
+        return DTLS_ERR_MEMORY;
+    c->prev = ep->last;
+    *(ep->last ? &ep->last->next : &ep->first) = c;
+    ep->last = c;
+    ep->counters.conns++;
+    ep->counters.handshakes += c->server;
+    return 0;
+}
+
+static void conn_unlist(dtls_conn *c, bool was_open)
+{
+    dtls_endpoint *ep = c->ep;
+    *(c->prev ? &c->prev->next : &ep->first) = c->next;
+    *(c->next ? &c->next->prev : &ep->last) = c->prev;
+    ep->counters.conns--;
+    ep->counters.handshakes -= c->server && !was_open;
+}
+
+/* The association that tells its addresses and its cipher. */
+static const struct association *conn_assoc(const dtls_conn *c)
+{
+    return c->open ? c->open : c->trying;
 }
 
 static void conn_raise(dtls_conn *c, dtls_event event, const void *data, size_t len)
@@ -2103,11 +2310,8 @@ static void conn_raise(dtls_conn *c, dtls_event event, const void *data, size_t 
         c->ep->cfg.on_event(c, event, data, len);
 }
 
-static void conn_log(const dtls_conn *c, dtls_log level, const char *format, ...)
-#ifdef __GNUC__
-    __attribute__((format(printf, 3, 4)))
-#endif
-    ;
+static void conn_log(const dtls_conn *c, dtls_log level, const char *format, ...) PRINTF_LIKE(3, 4);
+static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, ...) PRINTF_LIKE(3, 4);
 
 /* One line: the peer's address, then what happened. */
 static void conn_log(const dtls_conn *c, dtls_log level, const char *format, ...)
@@ -2117,7 +2321,7 @@ static void conn_log(const dtls_conn *c, dtls_log level, const char *format, ...
     va_list args;
     if (!cfg->on_log)
         return;
-    dtls_addr_format(&c->peer, line, DTLS_ADDR_TEXT);
+    dtls_addr_format(&conn_assoc(c)->peer, line, DTLS_ADDR_TEXT);
     size_t n = strlen(line);
     line[n++] = ' ';
     va_start(args, format);
@@ -2126,166 +2330,92 @@ static void conn_log(const dtls_conn *c, dtls_log level, const char *format, ...
     cfg->on_log(cfg->user, level, line);
 }
 
-/* The one way a connection ends. The peer is told when it can understand it, the application once. */
-static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, const char *what)
+/* The one way a connection ends: its associations, then, once all is in order, what the application is told. */
+static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, ...)
 {
-    enum conn_state was = c->state;
-    if (was == CONN_CLOSED)
+    bool was_open = c->state == CONN_OPEN;
+    va_list args;
+    if (c->state == CONN_CLOSED)
         return;
-    c->reason = reason;
-    snprintf(c->text, sizeof c->text, format, what);
-    bool tell = reason == DTLS_CLOSE_LOCAL || reason == DTLS_CLOSE_PEER || reason == DTLS_CLOSE_IDLE ||
-                reason == DTLS_CLOSE_VERIFY;
-    if (tell && SSL_is_init_finished(c->ssl) && conn_need_buffers(c)) {
-        errors_clear();
-        SSL_shutdown(c->ssl); /* close_notify, sent once; nothing waits for an answer */
-    } else if (reason != DTLS_CLOSE_ERROR && reason != DTLS_CLOSE_VERIFY) {
-        SSL_set_shutdown(c->ssl, SSL_SENT_SHUTDOWN | SSL_RECEIVED_SHUTDOWN); /* the session stays good for resumption */
-    }
-    errors_clear();
     c->state = CONN_CLOSED;
-    timer_stop(c->loop, &c->timer);
-    ep_unlist(c);
-    if (was == CONN_HANDSHAKE && c->server)
-        c->ep->counters.handshakes--;
+    c->reason = reason;
+    va_start(args, format);
+    vsnprintf(c->text, sizeof c->text, format, args);
+    va_end(args);
     /* Before any callback: one that frees the endpoint buries it, and it must go after its connections. */
-    if (c->udp && c->udp->conn == c)
-        udp_free(c->udp);
-    loop_bury(c->loop, &c->object);
-    if (was == CONN_OPEN) {
+    if (c->open)
+        assoc_end(c->open, reason);
+    if (c->trying)
+        assoc_end(c->trying, reason);
+    conn_unlist(c, was_open);
+    loop_bury(c->ep->loop, &c->object);
+    if (was_open) {
         conn_log(c, DTLS_LOG_INFO, "closed: %s", c->text);
     } else {
         c->ep->counters.handshakes_failed++;
         conn_log(c, reason == DTLS_CLOSE_LOCAL ? DTLS_LOG_DEBUG : DTLS_LOG_WARNING, "handshake failed: %s", c->text);
     }
-    if (was == CONN_OPEN || !c->server) /* the application never heard of a handshake that a stranger failed */
+    if (was_open || !c->server) /* the application never heard of a handshake that a stranger failed */
         conn_raise(c, DTLS_EV_CLOSED, NULL, 0);
 }
 
-/* The server's identity, checked against the subjectAltName only: RFC 6125 section 6.4.4 retires the common name.
+/* Identities. The server's is checked against the subjectAltName only: RFC 6125 section 6.4.4 retires the common name.
  * libssl does that in a full handshake; a resumed one verifies nothing, so there it is up to us. */
 
 enum { NAME_FLAGS = X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS | X509_CHECK_FLAG_NEVER_CHECK_SUBJECT };
 
-/* The IP address that is expected, if it is no name: its length. Not OpenSSL's own parser, which takes "127.0.0.1 x".
- */
-static size_t conn_expected_ip(const dtls_conn *c, uint8_t ip[16])
+/* The length of the IP address that is expected in the certificate, 0 if it is a name. Not with OpenSSL's own parser,
+ * which takes "127.0.0.1 x" for an address. */
+static size_t name_expected_ip(const struct association *a, uint8_t ip[16])
 {
-    memcpy(ip, c->peer.ip, 16);
-    if (!c->name)
-        return c->peer.family == 4 ? 4 : 16;
-    return inet_pton(AF_INET, c->name, ip) == 1 ? 4 : inet_pton(AF_INET6, c->name, ip) == 1 ? 16 : 0;
+    const char *name = a->conn->name;
+    memcpy(ip, a->peer.ip, 16);
+    if (!name)
+        return a->peer.family == 4 ? 4 : 16;
+    return inet_pton(AF_INET, name, ip) == 1 ? 4 : inet_pton(AF_INET6, name, ip) == 1 ? 16 : 0;
 }
 
-static bool conn_expect(const dtls_conn *c, SSL *ssl)
+static bool name_expect(const struct association *a, SSL *ssl)
 {
+    const char *name = a->conn->name;
     uint8_t ip[16];
-    size_t ip_len = conn_expected_ip(c, ip);
+    size_t ip_len = name_expected_ip(a, ip);
     X509_VERIFY_PARAM *param = SSL_get0_param(ssl);
     X509_VERIFY_PARAM_set_hostflags(param, NAME_FLAGS);
     if (ip_len)
         return X509_VERIFY_PARAM_set1_ip(param, ip, ip_len) == 1;
-    return SSL_set_tlsext_host_name(ssl, c->name) == 1 && X509_VERIFY_PARAM_set1_host(param, c->name, 0) == 1;
+    return SSL_set_tlsext_host_name(ssl, name) == 1 && X509_VERIFY_PARAM_set1_host(param, name, 0) == 1;
 }
 
-static bool conn_is_expected(const dtls_conn *c, X509 *cert)
+static bool name_is_expected(const struct association *a, X509 *cert)
 {
     uint8_t ip[16];
-    size_t ip_len = conn_expected_ip(c, ip);
-    return ip_len ? X509_check_ip(cert, ip, ip_len, 0) == 1 : X509_check_host(cert, c->name, 0, NAME_FLAGS, NULL) == 1;
+    size_t ip_len = name_expected_ip(a, ip);
+    if (ip_len)
+        return X509_check_ip(cert, ip, ip_len, 0) == 1;
+    return X509_check_host(cert, a->conn->name, 0, NAME_FLAGS, NULL) == 1;
 }
 
-/* Makes an SSL a client's, for its first handshake or one more. */
-static bool conn_be_client(const dtls_conn *c, SSL *ssl)
+/* The name as it stands in certificates: without the dot that may end a DNS name. NULL: *r tells why. */
+static char *name_copy(const char *name, int *r)
 {
-    SSL_set_connect_state(ssl);
-    return conn_expect(c, ssl) && (!c->session || SSL_set_session(ssl, c->session) == 1);
-}
-
-/* Plaintext handshake messages may arrive damaged or forged: the peer that stumbles over one forgets the handshake,
- * and RFC 6347 has no way back. So a client begins anew, under the same deadline and from the same port; the server's
- * cookie exchange lets it replace what is left of the first try. */
-static void conn_restart(dtls_conn *c)
-{
-    SSL *ssl = conn_ssl_new(c);
-    if (!ssl || !conn_be_client(c, ssl)) {
-        SSL_free(ssl);
-        conn_end(c, DTLS_CLOSE_ERROR, "out of %s", "memory");
-        return;
+    size_t n = strlen(name);
+    *r = DTLS_ERR_ARG;
+    if (n > 1 && name[n - 1] == '.')
+        n--;
+    if (n == 0 || name[0] == '.' || n > 253)
+        return NULL;
+    char *copy = malloc(n + 1);
+    *r = copy ? 0 : DTLS_ERR_MEMORY;
+    if (copy) {
+        memcpy(copy, name, n);
+        copy[n] = 0;
     }
-    SSL_free(c->ssl);
-    c->ssl = ssl;
-    c->in = NULL;
-    c->restarts++;
-    c->early = c->fallbacks = c->resent = 0; /* what is known of the MTU stays */
-    c->in_sequence = 0;
-    c->step = TLS_ST_BEFORE;
-    c->asked_at = loop_now(c->loop);
-    c->answered = c->cookie_seen = false;
-    c->restart_at = c->hint_at = 0;
-    conn_log(c, DTLS_LOG_DEBUG, "begins its handshake anew");
-    if (c->state == CONN_HANDSHAKE) /* the log may have ended it */
-        conn_drive(c);
+    return copy;
 }
 
-/* Whether a failure may come from a damaged message; a certificate that was damaged looks like a wrong one. */
-static bool conn_may_restart(dtls_conn *c, int reason)
-{
-    if (c->server || c->state != CONN_HANDSHAKE)
-        return false;
-    if (reason == SSL_R_CERTIFICATE_VERIFY_FAILED)
-        return c->refused++ < FAULTS_VERIFY;
-    return c->faults++ < FAULTS_MAX;
-}
-
-/* A client tries once more, and remembers why: if nobody answers then, that is what there is to tell. */
-static void conn_note_fault(dtls_conn *c, dtls_reason reason, const char *format, const char *what)
-{
-    c->fault = reason;
-    snprintf(c->fault_text, sizeof c->fault_text, format, what);
-}
-
-/* Nobody answers. */
-static void conn_give_up(dtls_conn *c, dtls_reason reason, const char *text)
-{
-    if (c->fault && !c->answered)
-        conn_end(c, c->fault, "%s", c->fault_text);
-    else
-        conn_end(c, reason, "%s", text);
-}
-
-/* libssl gave up: find the words, then once more or not. */
-static void conn_fail(dtls_conn *c)
-{
-    unsigned long e = ERR_peek_last_error();
-    int reason = ERR_GET_REASON(e);
-    const char *text = ERR_reason_error_string(e), *format = "protocol error: %s";
-    dtls_reason why = DTLS_CLOSE_ERROR;
-    if (ERR_GET_LIB(e) != ERR_LIB_SSL || !text) {
-        format = "OpenSSL: %s";
-        text = text ? text : "no reason given";
-    } else if (reason == SSL_R_CERTIFICATE_VERIFY_FAILED) {
-        why = DTLS_CLOSE_VERIFY;
-        format = "certificate refused: %s";
-        text = X509_verify_cert_error_string(SSL_get_verify_result(c->ssl));
-    } else if (reason == SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE) {
-        why = DTLS_CLOSE_VERIFY;
-        format = "certificate refused: %s";
-        text = "peer sent no certificate";
-    } else if (reason > SSL_AD_REASON_OFFSET && reason <= SSL_AD_REASON_OFFSET + UINT8_MAX) {
-        format = "the peer sent %s";
-    }
-    if (!conn_may_restart(c, reason)) {
-        conn_end(c, why, format, text);
-        return;
-    }
-    conn_note_fault(c, why, format, text); /* not at once: what else of this handshake is under way comes first */
-    c->restart_at = loop_now(c->loop) + us(c->ep->cfg.retransmit_ms);
-    conn_arm(c);
-}
-
-/* False: there is a name, but it cannot be read; a peer must not pass for one without. */
-static bool conn_read_name(dtls_conn *c, X509 *cert)
+/* The peer's name, for logs. False: there is one, but it cannot be read; a peer must not pass for one without. */
+static bool name_read(dtls_conn *c, X509 *cert)
 {
     X509_NAME *subject = X509_get_subject_name(cert);
     int at = X509_NAME_get_index_by_NID(subject, NID_commonName, -1);
@@ -2303,323 +2433,202 @@ static bool conn_read_name(dtls_conn *c, X509 *cert)
     return at < 0 || n >= 0;
 }
 
-/* Nonce and tag of the suite's records, RFC 5288, 6655, 7905. */
-static size_t conn_record_overhead(const SSL_CIPHER *cipher)
+/* ==== 7. traffic ================================================================================================== */
+
+enum { QUIET_MS = 1000 /* without traffic: libssl's record buffers, 33 KB, go back */ };
+
+/* The deadlines of an open connection:
+ *
+ *   gone    idle_timeout_ms after the last authentic message the peer counts as gone, and the connection ends
+ *   quiet   QUIET_MS after the last use libssl's record buffers go back; the next use allocates them again
+ *   idle    idle_ms after the last authentic message DTLS_EV_IDLE is raised, and again every idle_repeat_ms
+ *
+ * All start when the connection opens. Each authentic message moves them; what is forged moves none. */
+
+static int64_t traffic_gone_at(const struct association *a)
 {
-    bool short_one = SSL_CIPHER_get_cipher_nid(cipher) == NID_chacha20_poly1305 ||
-                     strstr(SSL_CIPHER_get_name(cipher), "CCM8") != NULL;
-    return short_one ? OVERHEAD_MIN : OVERHEAD_MAX;
+    int ms = a->ep->cfg.idle_timeout_ms;
+    return ms == DTLS_NEVER ? INT64_MAX : a->conn->last_in + us(ms);
 }
 
-static void conn_open(dtls_conn *c)
+static void traffic_gone(struct association *a, int64_t now)
 {
-    X509 *cert = SSL_get1_peer_certificate(c->ssl);
-    c->resumed = SSL_session_reused(c->ssl) == 1;
-    /* A resumed handshake verifies nothing again: neither dates nor names. */
-    int bad = X509_V_OK;
-    if (cert && c->resumed && X509_cmp_current_time(X509_get0_notAfter(cert)) <= 0)
-        bad = X509_V_ERR_CERT_HAS_EXPIRED;
-    else if (cert && c->resumed && !c->server && !conn_is_expected(c, cert))
-        bad = X509_V_ERR_HOSTNAME_MISMATCH;
-    if (bad != X509_V_OK) {
-        SSL_CTX_remove_session(c->ep->ctx, SSL_get0_session(c->ssl));
-        X509_free(cert);
-        conn_end(c, DTLS_CLOSE_VERIFY, "certificate refused: %s", X509_verify_cert_error_string(bad));
-        return;
-    }
-    bool named = !cert || conn_read_name(c, cert);
-    X509_free(cert);
-    errors_clear();
-    if (!named) {
-        conn_end(c, DTLS_CLOSE_VERIFY, "certificate refused: %s", "its name cannot be read");
-        return;
-    }
-
-    /* The callbacks in here may end it; until the last line the application does not know it. */
-    if (c->server)
-        ep_replace(c);
-    if (c->state == CONN_HANDSHAKE)
-        conn_log(c, DTLS_LOG_INFO, "connected: %s, %s, %s", c->peer_name, SSL_get_cipher_name(c->ssl),
-                 c->resumed ? "resumed session" : "full handshake");
-    if (c->state != CONN_HANDSHAKE)
-        return;
-    SSL_SESSION_free(c->session);
-    c->session = NULL;
-    c->overhead = conn_record_overhead(SSL_get_current_cipher(c->ssl));
-    c->state = CONN_OPEN;
-    c->last_in = loop_now(c->loop);
-    c->ep->counters.handshakes -= c->server;
-    c->ep->counters.handshakes_resumed += c->resumed;
-    c->ep->counters.handshakes_full += !c->resumed;
-    conn_arm(c);
-    conn_raise(c, DTLS_EV_CONNECTED, NULL, 0);
+    dtls_conn *c = a->conn;
+    conn_end(c, DTLS_CLOSE_IDLE, "idle for %.1f s", (double)(now - c->last_in) / 1e6);
 }
 
-/* Reads all there is; with `only` set, one record was given to an open connection, and a look whether more is buffered
- * saves a second SSL_read. */
-static void conn_read(dtls_conn *c, bool only)
+static int64_t traffic_quiet_at(const struct association *a)
+{
+    return a->buffers ? a->used_at + us(QUIET_MS) : INT64_MAX;
+}
+
+static void traffic_quiet(struct association *a, int64_t now)
+{
+    a->buffers = !SSL_free_buffers(a->ssl);
+    a->used_at = now; /* where it refused, it is asked again later */
+}
+
+static int64_t traffic_idle_at(const struct association *a)
+{
+    const dtls_conn *c = a->conn;
+    const dtls_config *cfg = &c->ep->cfg;
+    if (cfg->idle_ms <= 0)
+        return INT64_MAX;
+    if (c->idle_raised > c->last_in)
+        return c->idle_raised + us(cfg->idle_repeat_ms);
+    return c->last_in + us(cfg->idle_ms);
+}
+
+static void traffic_idle(struct association *a, int64_t now)
+{
+    dtls_conn *c = a->conn;
+    c->idle_raised = now;
+    conn_raise(c, DTLS_EV_IDLE, NULL, 0);
+}
+
+static const struct rule traffic_rules[] = {
+    {traffic_gone_at, traffic_gone}, {traffic_quiet_at, traffic_quiet}, {traffic_idle_at, traffic_idle}, {NULL, NULL}};
+
+static void traffic_failed(struct association *a)
+{
+    char text[REASON_BYTES];
+    int code;
+    dtls_reason why = assoc_failure(a, &code, text);
+    conn_end(a->conn, why, "%s", text);
+}
+
+/* SSL_read had nothing to give, and this is why. */
+static void traffic_read_nothing(struct association *a, int error)
+{
+    bool waits = error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE;
+    if (waits && !SSL_is_init_finished(a->ssl)) /* OpenSSL 3.5 may stay in it for good */
+        conn_end(a->conn, DTLS_CLOSE_ERROR, "protocol error: renegotiation");
+    else if (error == SSL_ERROR_ZERO_RETURN)
+        conn_end(a->conn, DTLS_CLOSE_PEER, "closed by the peer");
+    else if (!waits)
+        traffic_failed(a);
+}
+
+/* Reads all there is. After a single record (`only`) a look at what libssl has buffered saves a second SSL_read. */
+static void traffic_read(struct association *a, bool only)
 {
     uint8_t message[DTLS_MESSAGE_MAX];
-    while (c->state == CONN_OPEN) {
+    struct flight flight;
+    dtls_conn *c = a->conn;
+    while (c->state == CONN_OPEN && c->open == a) {
         errors_clear();
         size_t n = 0;
-        flight_begin(c); /* it answers a repeated Finished with our last flight */
-        int r = SSL_read_ex(c->ssl, message, sizeof message, &n);
-        flight_end(c);
-        if (r == 1) {
-            c->last_in = c->loop->now;
-            c->messages_in += n > 0;
-            c->bytes_in += n;
-            if (n > 0) /* an empty record is legal, says that the peer is alive, and nothing else */
-                conn_raise(c, DTLS_EV_MESSAGE, message, n);
-            if (only && !c->in && c->state == CONN_OPEN && !SSL_has_pending(c->ssl))
-                return;
-            continue;
-        }
-        int e = SSL_get_error(c->ssl, r);
-        if ((e == SSL_ERROR_WANT_READ || e == SSL_ERROR_WANT_WRITE) && SSL_is_init_finished(c->ssl))
+        flight_begin(&a->wire, &flight, false); /* it answers a repeated Finished with our last flight */
+        int r = SSL_read_ex(a->ssl, message, sizeof message, &n);
+        flight_end(&a->wire);
+        if (r != 1) {
+            traffic_read_nothing(a, SSL_get_error(a->ssl, r));
             return;
-        if (e == SSL_ERROR_WANT_READ || e == SSL_ERROR_WANT_WRITE) /* OpenSSL 3.5 may stay in it for good */
-            conn_end(c, DTLS_CLOSE_ERROR, "protocol error: %s", "renegotiation");
-        else if (e == SSL_ERROR_ZERO_RETURN)
-            conn_end(c, DTLS_CLOSE_PEER, "closed by the %s", "peer");
-        else
-            conn_fail(c);
+        }
+        c->last_in = c->ep->loop->now;
+        c->messages_in += n > 0;
+        c->bytes_in += n;
+        if (n > 0) /* an empty record is legal, says that the peer is alive, and nothing else */
+            conn_raise(c, DTLS_EV_MESSAGE, message, n);
+        if (only && !a->wire.in && c->state == CONN_OPEN && !SSL_has_pending(a->ssl))
+            return;
     }
 }
 
-static void conn_step(dtls_conn *c)
+static void traffic_take(struct association *a, const uint8_t *p, size_t n)
 {
-    OSSL_HANDSHAKE_STATE step = SSL_get_state(c->ssl);
-    if (step != c->step) {
-        c->step = step;
-        c->step_at = loop_now(c->loop);
-        c->resent = 0;
-    }
-    conn_arm(c);
-}
-
-/* Lets libssl work until it wants more input. */
-static void conn_drive(dtls_conn *c)
-{
-    bool was_open = c->state == CONN_OPEN;
-    if (c->state == CONN_HANDSHAKE) {
-        errors_clear();
-        flight_begin(c);
-        int r = SSL_do_handshake(c->ssl);
-        flight_end(c);
-        int e = r == 1 ? SSL_ERROR_NONE : SSL_get_error(c->ssl, r);
-        if (r == 1)
-            conn_open(c);
-        else if (e == SSL_ERROR_WANT_READ || e == SSL_ERROR_WANT_WRITE)
-            conn_step(c);
-        else
-            conn_fail(c);
-    }
-    if (c->state != CONN_OPEN)
-        return;
-    conn_read(c, was_open);
-    /* Given back now they leave no holes in the heap; a busy connection gets them again and keeps them. */
-    if (!was_open && c->state == CONN_OPEN && SSL_free_buffers(c->ssl)) {
-        c->buffers = false;
-        conn_arm(c);
-    }
-}
-
-static void conn_give(dtls_conn *c, const uint8_t *p, size_t n, bool renumber)
-{
-    if (!conn_need_buffers(c)) {
-        conn_end(c, DTLS_CLOSE_ERROR, "out of %s", "memory");
+    if (!assoc_need_buffers(a)) {
+        conn_end(a->conn, DTLS_CLOSE_ERROR, "out of memory");
         return;
     }
-    c->in = p;
-    c->in_len = n;
-    c->in_renumber = renumber;
-    conn_drive(c);
-    c->in = NULL;
+    a->wire.in = p;
+    a->wire.in_len = n;
+    a->wire.in_renumber = false;
+    traffic_read(a, true);
+    a->wire.in = NULL;
 }
 
-/* A ClientHello has its answer. That took a round trip, and longer if any was lost: the quickest tells most. */
-static void conn_answered(dtls_conn *c, const struct record *r)
-{
-    bool cookie = r->body[0] == HELLO_VERIFY_REQUEST;
-    const uint8_t *random = guard_server_random(r);
-    int64_t now = loop_now(c->loop), took = now - c->asked_at;
-    if (SSL_get_state(c->ssl) != TLS_ST_CW_CLNT_HELLO || (cookie && c->cookie_seen))
-        return; /* a repeated one */
-    if (c->answer_us == 0 || took < c->answer_us)
-        c->answer_us = took;
-    if (random)
-        memcpy(c->hello_random, random, HELLO_RANDOM);
-    c->asked_at = c->step_at = now;
-    c->answered = true;
-    c->cookie_seen = c->cookie_seen || cookie;
-}
-
-/* One datagram through the guard. In a handshake each record goes alone, since one may change what the next one is held
- * against; later whole runs of good records go, most often the datagram as it is. */
-static void conn_input(dtls_conn *c, const uint8_t *p, size_t n)
+/* One datagram through the guard: runs of good records go to libssl together, most often the datagram as it is. */
+static void traffic_input(struct association *a, const uint8_t *p, size_t n)
 {
     const uint8_t *run = p;
     struct record r;
-    for (; n > 0 && c->state != CONN_CLOSED && !c->restart_at; p += r.size, n -= r.size) {
+    for (; n > 0 && a->conn->state == CONN_OPEN; p += r.size, n -= r.size) {
         if (!record_parse(p, n, &r)) {
-            ep_count(c->ep, DTLS_DROP_MALFORMED);
+            ep_count(a->ep, DTLS_DROP_MALFORMED);
             break; /* what follows cannot be found */
         }
-        int drop = guard_check(c, &r);
-        if (drop >= 0)
-            ep_count(c->ep, (dtls_drop)drop);
-        if (c->state == CONN_OPEN && drop < 0)
+        int verdict = guard_open(a->overhead, &r);
+        if (verdict == GUARD_PASS)
             continue;
-        if (c->state == CONN_OPEN) {
-            if (p > run)
-                conn_give(c, run, (size_t)(p - run), false);
-        } else if (drop < 0) {
-            if (guard_is_hello(&r))
-                conn_answered(c, &r);
-            c->hint_at = 0;
-            conn_give(c, p, r.size, r.epoch == 0);
-        }
+        ep_count(a->ep, (dtls_drop)verdict);
+        if (p > run)
+            traffic_take(a, run, (size_t)(p - run));
         run = p + r.size;
     }
-    if (c->state == CONN_OPEN && p > run)
-        conn_give(c, run, (size_t)(p - run), false);
+    if (a->conn->state == CONN_OPEN && p > run)
+        traffic_take(a, run, (size_t)(p - run));
 }
 
-/* An error on a socket. On a client's own it may be ICMP's word that nobody is there: a hint, until the peer
- * answered. Not so where the system is short of buffers: the BSDs say that of a busy interface. */
-static void udp_error(struct udp *u, int error)
-{
-    dtls_conn *c = u->conn;
-    u->ep->counters.receive_errors++;
-    if (!c || c->state != CONN_HANDSHAKE || c->answered || error == ENOBUFS || error == ENOMEM)
-        return;
-    guard_hint(c, NO_ALERT, "%s", strerror(error));
-}
+/* What the application does. */
 
-static void conn_timed_out(dtls_conn *c, int64_t now)
+static int traffic_write(struct association *a, const void *data, size_t len)
 {
-    char text[48];
-    snprintf(text, sizeof text, "timed out after %.1f s", (double)(now - c->started) / 1e6);
-    conn_give_up(c, DTLS_CLOSE_TIMEOUT, text);
-}
-
-static void conn_handshake_timer(dtls_conn *c, int64_t now)
-{
-    if (now >= c->deadline) {
-        conn_timed_out(c, now);
-    } else if (c->restart_at) {
-        if (now >= c->restart_at)
-            conn_restart(c);
-    } else if (now >= conn_hint_ripe_at(c)) {
-        if (conn_may_retry_refusal(c) && c->faults++ < FAULTS_REFUSED) {
-            conn_note_fault(c, DTLS_CLOSE_REFUSED, "%s", c->hint);
-            conn_restart(c); /* an alert may be about a damaged or forged message */
-        } else {
-            conn_give_up(c, DTLS_CLOSE_REFUSED, c->hint);
-        }
-    } else if (now >= conn_stalled_at(c)) {
-        conn_restart(c);
-    } else {
-        errors_clear();
-        flight_begin(c);
-        long r = DTLSv1_handle_timeout(c->ssl);
-        flight_end(c);
-        if (r > 0) {
-            c->resent++;
-            c->ep->counters.retransmissions++;
-            conn_log(c, DTLS_LOG_DEBUG, "did not answer in time: flight sent again");
-        } else if (r < 0 && !c->server) { /* libssl gives up after 12; we do so at the deadline */
-            conn_restart(c);
-        } else if (r < 0) {
-            conn_timed_out(c, now);
-        }
+    dtls_conn *c = a->conn;
+    if (!assoc_need_buffers(a)) {
+        conn_end(c, DTLS_CLOSE_ERROR, "out of memory");
+        return DTLS_ERR_TLS;
     }
-}
-
-static void conn_open_timer(dtls_conn *c, int64_t now)
-{
-    char seconds[32];
-    if (now >= conn_dead_at(c)) {
-        snprintf(seconds, sizeof seconds, "%.1f s", (double)(now - c->last_in) / 1e6);
-        conn_end(c, DTLS_CLOSE_IDLE, "idle for %s", seconds);
-        return;
+    errors_clear();
+    int n = SSL_write(a->ssl, data, (int)len);
+    int e = n > 0 ? SSL_ERROR_NONE : SSL_get_error(a->ssl, n);
+    if (e == SSL_ERROR_WANT_WRITE || e == SSL_ERROR_WANT_READ)
+        return DTLS_ERR_AGAIN;
+    if (e != SSL_ERROR_NONE) {
+        traffic_failed(a);
+        return DTLS_ERR_TLS;
     }
-    if (c->buffers && !c->used && SSL_free_buffers(c->ssl))
-        c->buffers = false;
-    c->used = false;
-    if (now >= conn_idle_at(c)) {
-        c->idle_raised = now;
-        conn_raise(c, DTLS_EV_IDLE, NULL, 0);
-    }
-}
-
-static void conn_timer(void *user)
-{
-    dtls_conn *c = user;
-    int64_t now = loop_now(c->loop);
-    if (c->state == CONN_HANDSHAKE)
-        conn_handshake_timer(c, now);
-    else
-        conn_open_timer(c, now);
-    if (c->state != CONN_CLOSED)
-        conn_arm(c);
+    c->messages_out++;
+    c->bytes_out += len;
+    return 0;
 }
 
 int dtls_conn_send(dtls_conn *c, const void *data, size_t len)
 {
-    int r = 0;
     if (c->state != CONN_OPEN || c->ep->sending)
         return DTLS_ERR_STATE;
     if (!data || len == 0 || len > DTLS_MESSAGE_MAX) /* libssl sends no empty record, and ends up confused asked to */
         return DTLS_ERR_SIZE;
-    loop_enter(c->loop);
-    if (!conn_need_buffers(c)) {
-        conn_end(c, DTLS_CLOSE_ERROR, "out of %s", "memory");
-        r = DTLS_ERR_TLS;
-    } else {
-        errors_clear();
-        int n = SSL_write(c->ssl, data, (int)len);
-        int e = n > 0 ? SSL_ERROR_NONE : SSL_get_error(c->ssl, n);
-        if (n > 0) {
-            c->messages_out++;
-            c->bytes_out += len;
-        } else if (e == SSL_ERROR_WANT_WRITE || e == SSL_ERROR_WANT_READ) {
-            r = DTLS_ERR_AGAIN;
-        } else {
-            conn_fail(c);
-            r = DTLS_ERR_TLS;
-        }
-    }
-    loop_leave(c->loop);
+    loop_enter(c->ep->loop);
+    int r = traffic_write(c->open, data, len);
+    loop_leave(c->ep->loop);
     return r;
 }
 
 void dtls_conn_close(dtls_conn *c)
 {
-    dtls_loop *l = c->loop;
+    dtls_loop *l = c->ep->loop;
     if (c->ep->sending)
         return;
     loop_enter(l);
-    conn_end(c, DTLS_CLOSE_LOCAL, "closed %s", "here");
+    conn_end(c, DTLS_CLOSE_LOCAL, "closed here");
     loop_leave(l);
 }
 
 size_t dtls_conn_payload_max(const dtls_conn *c)
 {
-    size_t n = c->state == CONN_OPEN ? DTLS_get_data_mtu(c->ssl) : 0;
+    size_t n = c->state == CONN_OPEN ? DTLS_get_data_mtu(c->open->ssl) : 0;
     return n < DTLS_MESSAGE_MAX ? n : DTLS_MESSAGE_MAX;
 }
 
 void dtls_conn_info(const dtls_conn *c, dtls_info *info)
 {
-    int64_t now = loop_now(c->loop);
-    const char *cipher = SSL_get_cipher_name(c->ssl);
-    *info = (dtls_info){.peer = c->peer,
-                        .local = c->local,
+    int64_t now = loop_now(c->ep->loop);
+    const struct association *a = conn_assoc(c);
+    *info = (dtls_info){.peer = a->peer,
+                        .local = a->local,
                         .peer_name = c->peer_name,
-                        .cipher = SSL_get_current_cipher(c->ssl) ? cipher : "",
+                        .cipher = SSL_get_current_cipher(a->ssl) ? SSL_get_cipher_name(a->ssl) : "",
                         .server = c->server,
                         .connected = c->state == CONN_OPEN,
                         .resumed = c->resumed,
@@ -2656,511 +2665,554 @@ void dtls_conn_set_user(dtls_conn *c, void *user)
     c->user = user;
 }
 
+/* An association that is open keeps its SSL; one in its handshake may begin anew, on another. */
+
 SSL_SESSION *dtls_conn_session(const dtls_conn *c)
 {
-    return c->overhead ? SSL_get1_session(c->ssl) : NULL; /* known since the handshake was done */
+    return c->open ? SSL_get1_session(c->open->ssl) : NULL;
 }
 
 SSL *dtls_conn_ssl(const dtls_conn *c)
 {
-    return c->overhead ? c->ssl : NULL; /* until then a new one may take its place */
+    return c->open ? c->open->ssl : NULL;
 }
 
-/* ==== 7. endpoint ================================================================================================= */
+/* ==== 8. handshake ================================================================================================ */
 
-/* The connection table: chained, hashed by the peer's address and compared by both, since one peer may talk to two of
- * ours from one port. */
+enum {
+    CLAIM_GRACE_MS = 3000,  /* silence that makes a claim that the peer refuses us credible */
+    CLAIM_RETRY_MS = 1000,  /* the same where a client tries once more before it believes it */
+    STALL_MS = 4000,        /* a client's handshake stands still for so long: it begins anew */
+    STALL_COOKIE_MS = 2000, /* the same while the server has only its cookie to lose */
+    HELLO_WAIT_MS = 1000,   /* at most between ClientHellos until one is answered */
+    FAILURES_MAX = 5,       /* after so many a client begins anew, */
+    FAILURES_REFUSED = 2,   /* after the peer's alerts, */
+    FAILURES_VERIFY = 1,    /* and after certificates that it refused itself */
+    NO_ALERT = -1
+};
 
-static size_t ep_slot(const dtls_endpoint *ep, const dtls_addr *peer)
+/* A client:                                              A server, behind the stateless cookie exchange:
+ *
+ *   new -> asking -> cookie -> flights -> done             new -> flights -> done
+ *            |          |         |
+ *            +----------+---------+-> failed -> asking, anew
+ *
+ * From each of a client's states it may also begin anew at once. A handshake that does not get to its end ends with its
+ * connection, in whatever state it is. */
+enum hs_state {
+    HS_NEW,
+    HS_ASKING,  /* the ClientHello is under way, nobody answered */
+    HS_COOKIE,  /* the server answered with a cookie, which went back to it */
+    HS_FLIGHTS, /* a client has the ServerHello, a server a ClientHello with a good cookie */
+    HS_FAILED,  /* a client waits a little before it begins anew */
+    HS_DONE,
+    HS_STATES
+};
+
+static const char *const hs_names[HS_STATES] = {"new", "asking", "cookie", "flights", "failed", "done"};
+
+/* What may follow what, by role: 0 a client, 1 a server. */
+static const uint8_t hs_follows[2][HS_STATES] = {
+    {[HS_NEW] = 1 << HS_ASKING,
+     [HS_ASKING] = 1 << HS_COOKIE | 1 << HS_FLIGHTS | 1 << HS_FAILED | 1 << HS_ASKING,
+     [HS_COOKIE] = 1 << HS_FLIGHTS | 1 << HS_FAILED | 1 << HS_ASKING,
+     [HS_FLIGHTS] = 1 << HS_DONE | 1 << HS_FAILED | 1 << HS_ASKING,
+     [HS_FAILED] = 1 << HS_ASKING},
+    {[HS_NEW] = 1 << HS_FLIGHTS, [HS_FLIGHTS] = 1 << HS_DONE}};
+
+/* Anybody can claim that the peer refuses us: by a plaintext alert, or by ICMP. libssl never sees the claim. It is
+ * believed only if nothing plausible follows for a while, so that a forger cannot stop a handshake that goes on, and a
+ * real refusal is still reported as such. */
+struct claim {
+    int64_t at; /* 0: there is none */
+    int alert;  /* or NO_ALERT */
+    char text[REASON_BYTES];
+};
+
+/* An association's handshake: made with it, freed when it opens. The association's SSL is that of the present try. */
+struct handshake {
+    enum hs_state state;
+    int64_t since;             /* it is in this state, */
+    OSSL_HANDSHAKE_STATE step; /* libssl in this one, */
+    int64_t step_at;           /* since then */
+    int64_t deadline;
+    int64_t asked_at;                      /* since then the present ClientHello waits for its answer */
+    int64_t round_trip_us;                 /* the quickest answer to one; 0: there was none yet */
+    bool cookies;                          /* this server has a cookie exchange: it takes a new start for what it is */
+    unsigned resends;                      /* of the present flight */
+    unsigned early;                        /* protected records that came before their keys */
+    unsigned restarts, failures, refusals; /* refusals: certificates that we refused */
+    struct claim claim;
+    dtls_reason fault; /* why the last try failed, and in words */
+    char fault_text[REASON_BYTES];
+};
+
+/* The one place where a handshake's state changes. A transition that the table does not have is a bug in this file. */
+static void hs_become(struct association *a, enum hs_state state)
 {
-    uint8_t key[ADDR_PACKED];
-    addr_pack(peer, key);
-    return (size_t)siphash(ep->hash_key, key, sizeof key) & (ep->table_size - 1);
+    struct handshake *h = a->handshake;
+    enum hs_state was = h->state;
+    h->state = state;
+    h->since = loop_now(a->ep->loop);
+    if (!(hs_follows[a->conn->server][was] >> state & 1))
+        conn_log(a->conn, DTLS_LOG_ERROR, "bug: handshake state %s behind %s", hs_names[state], hs_names[was]);
 }
 
-static dtls_conn *ep_find(const dtls_endpoint *ep, const dtls_addr *peer, const dtls_addr *local)
+static bool hs_under_way(const struct association *a)
 {
-    dtls_conn *c = ep->table_size ? ep->table[ep_slot(ep, peer)] : NULL;
-    while (c && !(dtls_addr_equal(&c->peer, peer) && dtls_addr_equal(&c->local, local)))
-        c = c->hash_next;
-    return c;
+    return a->handshake && a->handshake->state != HS_FAILED && a->conn->state != CONN_CLOSED;
 }
 
-/* The next one with the same addresses: behind a restarted client's handshake stands its old connection. */
-static dtls_conn *ep_next_same(const dtls_conn *c)
+/* RFC 6347 section 4.2.4.1, with our first value and largest instead of libssl's 1 s and 60 s. Each wait is half as long
+ * again as the one before, and not twice as long: at 30 % loss each way that takes the slowest of a hundred handshakes
+ * from 14 s to 10 s. libssl calls this whenever it sets its timer. */
+static unsigned hs_retransmit_us(SSL *ssl, unsigned last_us)
 {
-    dtls_conn *next = c->hash_next;
-    while (next && !(dtls_addr_equal(&c->peer, &next->peer) && dtls_addr_equal(&c->local, &next->local)))
-        next = next->hash_next;
-    return next;
+    const struct association *a = assoc_of(ssl);
+    const dtls_config *cfg = &a->ep->cfg;
+    unsigned first = (unsigned)cfg->retransmit_ms * 1000u, max = (unsigned)cfg->retransmit_max_ms * 1000u;
+    /* Until the first answer only one side tries, and its datagram is small and costs the other nothing. */
+    if (a->handshake && a->handshake->state <= HS_ASKING && !a->conn->server && max > HELLO_WAIT_MS * 1000u)
+        max = first > HELLO_WAIT_MS * 1000u ? first : HELLO_WAIT_MS * 1000u;
+    if (last_us == 0)
+        return first;
+    return last_us > max / 3 * 2 ? max : last_us / 2 * 3;
 }
 
-static int ep_grow(dtls_endpoint *ep)
+/* Lets libssl work until it wants more input. What it writes goes out packed. Returns what SSL_get_error() says. */
+static int hs_advance(struct association *a)
 {
-    size_t old_size = ep->table_size;
-    dtls_conn **old = ep->table, **table = calloc(old_size ? old_size * 2 : 64, sizeof(dtls_conn *));
-    if (!table)
-        return DTLS_ERR_MEMORY;
-    ep->table = table;
-    ep->table_size = old_size ? old_size * 2 : 64;
-    for (size_t i = 0; i < old_size; i++) {
-        for (dtls_conn *c = old[i], *next; c; c = next) {
-            dtls_conn **at = &table[ep_slot(ep, &c->peer)];
-            while (*at) /* to the end: of two with the same addresses the newer one stays first */
-                at = &(*at)->hash_next;
-            next = c->hash_next;
-            c->hash_next = NULL;
-            *at = c;
-        }
-    }
-    free(old);
-    return 0;
+    struct flight flight;
+    errors_clear();
+    flight_begin(&a->wire, &flight, a->handshake->resends > 0);
+    int r = SSL_do_handshake(a->ssl);
+    flight_end(&a->wire);
+    return r == 1 ? SSL_ERROR_NONE : SSL_get_error(a->ssl, r);
 }
 
-static int ep_list(dtls_conn *c)
+/* Keeps up with libssl. A ServerHello that came behind another message of its record is found out here. */
+static void hs_follow(struct association *a)
 {
-    dtls_endpoint *ep = c->ep;
-    if (ep->counters.conns >= ep->table_size && ep_grow(ep) < 0)
-        return DTLS_ERR_MEMORY;
-    size_t slot = ep_slot(ep, &c->peer);
-    c->hash_next = ep->table[slot];
-    ep->table[slot] = c;
-    c->prev = ep->last;
-    *(ep->last ? &ep->last->next : &ep->first) = c;
-    ep->last = c;
-    ep->counters.conns++;
-    return 0;
+    struct handshake *h = a->handshake;
+    OSSL_HANDSHAKE_STATE step = SSL_get_state(a->ssl);
+    bool asks = step == TLS_ST_BEFORE || step == TLS_ST_CW_CLNT_HELLO || step == DTLS_ST_CR_HELLO_VERIFY_REQUEST;
+    if (step == h->step)
+        return;
+    h->step = step;
+    h->step_at = loop_now(a->ep->loop);
+    h->resends = 0;
+    if (!asks && (h->state == HS_ASKING || h->state == HS_COOKIE))
+        hs_become(a, HS_FLIGHTS);
 }
 
-static void ep_unlist(dtls_conn *c)
+/* The SSL of a client's first try, or one more. */
+static bool hs_be_client(const struct association *a, SSL *ssl)
 {
-    dtls_endpoint *ep = c->ep;
-    dtls_conn **at = &ep->table[ep_slot(ep, &c->peer)];
-    while (*at != c)
-        at = &(*at)->hash_next;
-    *at = c->hash_next;
-    *(c->prev ? &c->prev->next : &ep->first) = c->next;
-    *(c->next ? &c->next->prev : &ep->last) = c->prev;
-    ep->counters.conns--;
+    DTLS_set_timer_cb(ssl, hs_retransmit_us);
+    SSL_set_connect_state(ssl);
+    return name_expect(a, ssl) && (!a->conn->session || SSL_set_session(ssl, a->conn->session) == 1);
 }
 
-/* Gives way to a new association from the same addresses. A handshake that the client refused says so. */
-static void conn_give_way(dtls_conn *old)
+/* A client tries once more, and remembers why. If nobody answers then, that is what there is to tell. */
+static void hs_note_fault(struct handshake *h, dtls_reason reason, const char *text)
 {
-    if (old->state == CONN_HANDSHAKE && old->hint_at)
-        conn_end(old, DTLS_CLOSE_REFUSED, "%s", old->hint);
+    h->fault = reason;
+    snprintf(h->fault_text, sizeof h->fault_text, "%s", text);
+}
+
+static void hs_give_up(struct association *a, dtls_reason reason, const char *text)
+{
+    const struct handshake *h = a->handshake;
+    bool unanswered = h->state == HS_ASKING;
+    conn_end(a->conn, h->fault && unanswered ? h->fault : reason, "%s", h->fault && unanswered ? h->fault_text : text);
+}
+
+/* Opening: the handshake is over. */
+
+/* What is wrong with the peer's certificate, if libssl did not look; NULL: nothing. A resumed handshake verifies nothing
+ * again, neither dates nor names. */
+static const char *hs_refusal(const struct association *a, X509 *cert)
+{
+    const dtls_conn *c = a->conn;
+    int bad = X509_V_OK;
+    if (cert && c->resumed && X509_cmp_current_time(X509_get0_notAfter(cert)) <= 0)
+        bad = X509_V_ERR_CERT_HAS_EXPIRED;
+    else if (cert && c->resumed && !c->server && !name_is_expected(a, cert))
+        bad = X509_V_ERR_HOSTNAME_MISMATCH;
+    if (bad == X509_V_OK)
+        return NULL;
+    SSL_CTX_remove_session(a->ep->ctx, SSL_get0_session(a->ssl));
+    return X509_verify_cert_error_string(bad);
+}
+
+/* Nonce and tag of the suite's records, RFC 5288, 6655, 7905. */
+static size_t hs_record_overhead(const SSL_CIPHER *cipher)
+{
+    bool short_one = SSL_CIPHER_get_cipher_nid(cipher) == NID_chacha20_poly1305 ||
+                     strstr(SSL_CIPHER_get_name(cipher), "CCM8") != NULL;
+    return short_one ? OVERHEAD_MIN : OVERHEAD_MAX;
+}
+
+/* A new association from the same addresses takes this one's place. One whose client refused it says so. */
+static void hs_give_way(struct association *old)
+{
+    if (old->handshake && old->handshake->claim.at)
+        conn_end(old->conn, DTLS_CLOSE_REFUSED, "%s", old->handshake->claim.text);
     else
-        conn_end(old, DTLS_CLOSE_REPLACED, "replaced by a new association from the same %s", "address");
+        conn_end(old->conn, DTLS_CLOSE_REPLACED, "replaced by a new association from the same address");
 }
 
-/* A handshake is done: what the same addresses had before is over (RFC 6347 section 4.2.8). */
-static void ep_replace(dtls_conn *c)
+/* From here on the association is its connection's open one. The handshake is gone after this. */
+static void hs_take_over(struct association *a)
 {
-    dtls_conn *old = ep_next_same(c);
-    if (old)
-        conn_give_way(old);
+    dtls_conn *c = a->conn;
+    hs_become(a, HS_DONE);
+    free(a->handshake);
+    a->handshake = NULL;
+    a->rules = traffic_rules;
+    a->overhead = hs_record_overhead(SSL_get_current_cipher(a->ssl));
+    a->wire.mtu_settled = true;
+    SSL_SESSION_free(c->session);
+    c->session = NULL;
+    c->open = a;
+    c->trying = NULL;
+    c->state = CONN_OPEN;
+    c->last_in = a->used_at = loop_now(a->ep->loop);
+    a->ep->counters.handshakes -= c->server;
+    a->ep->counters.handshakes_resumed += c->resumed;
+    a->ep->counters.handshakes_full += !c->resumed;
+    assoc_arm(a);
 }
 
-/* Cookies: RFC 6347 section 4.2.1. The address pair under a secret that changes; the one before stays valid. Nothing of
- * the ClientHello: somebody who sends one in a client's name must not make the client's cookie a wrong one. */
-
-/* False: no memory for it, and no cookie is better than one that anybody can guess. */
-static bool cookie_make(const dtls_conn *c, const uint8_t secret[COOKIE_SECRET], uint8_t cookie[COOKIE_BYTES])
+static void hs_open(struct association *a)
 {
-    uint8_t data[2 * ADDR_PACKED], mac[EVP_MAX_MD_SIZE];
-    unsigned len = sizeof mac;
-    addr_pack(&c->peer, data);
-    addr_pack(&c->local, data + ADDR_PACKED);
-    if (!HMAC(EVP_sha256(), secret, COOKIE_SECRET, data, sizeof data, mac, &len))
+    dtls_conn *c = a->conn;
+    X509 *cert = SSL_get1_peer_certificate(a->ssl);
+    c->resumed = SSL_session_reused(a->ssl) == 1;
+    const char *refusal = hs_refusal(a, cert);
+    if (!refusal && cert && !name_read(c, cert))
+        refusal = "its name cannot be read";
+    X509_free(cert);
+    errors_clear();
+    if (refusal) {
+        conn_end(c, DTLS_CLOSE_VERIFY, "certificate refused: %s", refusal);
+        return;
+    }
+    /* The callbacks in here may end it; until it is open the application does not know it. */
+    struct association *old = c->server ? table_next_same(a) : NULL;
+    if (old) /* RFC 6347 section 4.2.8 */
+        hs_give_way(old);
+    if (c->state == CONN_CONNECTING)
+        conn_log(c, DTLS_LOG_INFO, "connected: %s, %s, %s", c->peer_name, SSL_get_cipher_name(a->ssl),
+                 c->resumed ? "resumed session" : "full handshake");
+    if (c->state != CONN_CONNECTING)
+        return;
+    hs_take_over(a);
+    conn_raise(c, DTLS_EV_CONNECTED, NULL, 0);
+    traffic_read(a, false);
+    /* Given back now libssl's buffers leave no holes in the heap. A busy connection gets them again and keeps them. */
+    if (c->state == CONN_OPEN) {
+        traffic_quiet(a, loop_now(a->ep->loop));
+        assoc_arm(a);
+    }
+}
+
+/* Failing, and beginning anew. */
+
+/* Whether a failure may come from a damaged message; a certificate that was damaged looks like a wrong one. */
+static bool hs_may_begin_anew(struct association *a, int code)
+{
+    struct handshake *h = a->handshake;
+    if (a->conn->server)
         return false;
-    memcpy(cookie, mac, COOKIE_BYTES);
+    if (code == SSL_R_CERTIFICATE_VERIFY_FAILED)
+        return h->refusals++ < FAILURES_VERIFY;
+    return h->failures++ < FAILURES_MAX;
+}
+
+/* libssl gave up. */
+static void hs_failed(struct association *a)
+{
+    char text[REASON_BYTES];
+    int code;
+    dtls_reason why = assoc_failure(a, &code, text);
+    if (!hs_may_begin_anew(a, code)) {
+        conn_end(a->conn, why, "%s", text);
+        return;
+    }
+    hs_note_fault(a->handshake, why, text);
+    hs_become(a, HS_FAILED);
+    assoc_arm(a);
+}
+
+static void hs_drive(struct association *a)
+{
+    int e = hs_advance(a);
+    if (e != SSL_ERROR_NONE && e != SSL_ERROR_WANT_READ && e != SSL_ERROR_WANT_WRITE) {
+        hs_failed(a);
+        return;
+    }
+    hs_follow(a);
+    if (e == SSL_ERROR_NONE)
+        hs_open(a);
+    else
+        assoc_arm(a);
+}
+
+/* Plaintext handshake messages may arrive damaged or forged: the peer that stumbles over one forgets the handshake,
+ * and RFC 6347 has no way back. So a client begins anew, under the same deadline and from the same port; the server's
+ * cookie exchange lets it replace what is left of the first try. */
+static void hs_begin_anew(struct association *a, int64_t now)
+{
+    struct handshake *h = a->handshake;
+    SSL *ssl = assoc_ssl_new(a);
+    if (!ssl || !hs_be_client(a, ssl)) {
+        SSL_free(ssl);
+        conn_end(a->conn, DTLS_CLOSE_ERROR, "out of memory");
+        return;
+    }
+    SSL_free(a->ssl);
+    a->ssl = ssl;
+    a->wire.in = NULL;
+    a->wire.in_sequence = 0;
+    a->wire.fallbacks = 0; /* what is known of the MTU stays */
+    h->restarts++;
+    h->early = h->resends = 0;
+    h->step = TLS_ST_BEFORE;
+    h->asked_at = now;
+    h->cookies = false;
+    h->claim.at = 0;
+    hs_become(a, HS_ASKING);
+    conn_log(a->conn, DTLS_LOG_DEBUG, "begins its handshake anew");
+    if (a->conn->state != CONN_CLOSED) /* the log may have ended it */
+        hs_drive(a);
+}
+
+/* The deadlines of a handshake. All but the first are set again whenever it makes progress, which a forger cannot do
+ * without a message that libssl takes for the peer's:
+ *
+ *   over         handshake_timeout_ms after its first datagram the connection ends
+ *   anew         a client that failed begins anew after retransmit_ms: what else of that try is under way comes first
+ *   believed     a claim that the peer refuses us is acted upon after a time in which nothing plausible came
+ *   stalled      a client that made no progress for STALL_MS begins anew, later after each try
+ *   retransmit   libssl's own timer (DTLSv1_get_timeout): the present flight is sent again
+ */
+
+static int64_t hs_over_at(const struct association *a)
+{
+    return a->handshake->deadline;
+}
+
+static void hs_over(struct association *a, int64_t now)
+{
+    char text[48];
+    snprintf(text, sizeof text, "timed out after %.1f s", (double)(now - a->conn->started) / 1e6);
+    hs_give_up(a, DTLS_CLOSE_TIMEOUT, text);
+}
+
+static int64_t hs_anew_at(const struct association *a)
+{
+    const struct handshake *h = a->handshake;
+    return h->state == HS_FAILED ? h->since + us(a->ep->cfg.retransmit_ms) : INT64_MAX;
+}
+
+/* An alert may be about a message of ours that came damaged or was forged; ICMP is not. */
+static bool hs_may_retry_refusal(const struct handshake *h)
+{
+    return h->cookies && h->claim.alert != NO_ALERT;
+}
+
+static int64_t hs_believed_at(const struct association *a)
+{
+    const struct handshake *h = a->handshake;
+    int64_t grace = us(CLAIM_GRACE_MS);
+    if (h->state == HS_FAILED || !h->claim.at)
+        return INT64_MAX;
+    if (hs_may_retry_refusal(h))
+        grace = us(CLAIM_RETRY_MS);
+    else if (a->conn->server && grace < us(a->ep->cfg.retransmit_max_ms))
+        grace = us(a->ep->cfg.retransmit_max_ms); /* the client may only be between two tries */
+    return h->claim.at + grace + 2 * h->round_trip_us;
+}
+
+static void hs_believed(struct association *a, int64_t now)
+{
+    struct handshake *h = a->handshake;
+    if (hs_may_retry_refusal(h) && h->failures++ < FAILURES_REFUSED) {
+        hs_note_fault(h, DTLS_CLOSE_REFUSED, h->claim.text);
+        hs_begin_anew(a, now);
+    } else {
+        hs_give_up(a, DTLS_CLOSE_REFUSED, h->claim.text);
+    }
+}
+
+/* A server without cookies would take a new start for a stale ClientHello. */
+static int64_t hs_stalled_at(const struct association *a)
+{
+    const struct handshake *h = a->handshake;
+    int64_t patience = us(h->state == HS_COOKIE ? STALL_COOKIE_MS : STALL_MS);
+    if (h->state == HS_FAILED || !h->cookies)
+        return INT64_MAX;
+    return h->step_at + patience * (2 + h->restarts) / 2 + 2 * h->round_trip_us;
+}
+
+/* libssl's timer follows the wall clock: after a step of that it could be far off, so no wait is longer than the longest
+ * of ours. */
+static int64_t hs_retransmit_at(const struct association *a)
+{
+    struct timeval left;
+    if (a->handshake->state == HS_FAILED || !DTLSv1_get_timeout(a->ssl, &left))
+        return INT64_MAX;
+    return loop_now(a->ep->loop) +
+           earlier(left.tv_sec * (int64_t)1000000 + left.tv_usec, us(a->ep->cfg.retransmit_max_ms));
+}
+
+static void hs_retransmit(struct association *a, int64_t now)
+{
+    struct flight flight;
+    errors_clear();
+    flight_begin(&a->wire, &flight, a->handshake->resends > 0);
+    long r = DTLSv1_handle_timeout(a->ssl);
+    flight_end(&a->wire);
+    if (r > 0) {
+        a->handshake->resends++;
+        a->ep->counters.retransmissions++;
+        conn_log(a->conn, DTLS_LOG_DEBUG, "did not answer in time: flight sent again");
+    } else if (r < 0 && !a->conn->server) { /* libssl gives up after 12; a client goes on until its deadline */
+        hs_begin_anew(a, now);
+    } else if (r < 0) {
+        hs_over(a, now);
+    }
+}
+
+static const struct rule hs_rules[] = {
+    {hs_over_at, hs_over},          {hs_anew_at, hs_begin_anew},       {hs_believed_at, hs_believed},
+    {hs_stalled_at, hs_begin_anew}, {hs_retransmit_at, hs_retransmit}, {NULL, NULL}};
+
+/* What arrives. */
+
+static void hs_claim(struct association *a, int alert, const char *text)
+{
+    struct claim *claim = &a->handshake->claim;
+    if (!claim->at)
+        claim->at = loop_now(a->ep->loop);
+    claim->alert = alert;
+    snprintf(claim->text, sizeof claim->text, "%s%s", alert == NO_ALERT ? "" : "refused by the peer: ", text);
+    assoc_arm(a);
+}
+
+/* An error on a client's own socket may be ICMP telling that nobody is there. Once somebody answered it counts no more,
+ * and never where the system is short of buffers: the BSDs say that of a busy interface. */
+static void hs_socket_failed(struct association *a, int error)
+{
+    if (hs_under_way(a) && a->handshake->state == HS_ASKING && error != ENOBUFS && error != ENOMEM)
+        hs_claim(a, NO_ALERT, strerror(error));
+}
+
+/* A ClientHello has its answer. That took a round trip, and longer if any was lost: the quickest tells most. */
+static void hs_answered(struct association *a, const struct record *r)
+{
+    struct handshake *h = a->handshake;
+    bool cookie = r->body[0] == HELLO_VERIFY_REQUEST;
+    const uint8_t *random = record_server_random(r);
+    int64_t now = loop_now(a->ep->loop), took = now - h->asked_at;
+    if (SSL_get_state(a->ssl) != TLS_ST_CW_CLNT_HELLO)
+        return; /* a repeated one */
+    if (random)
+        memcpy(a->hello_random, random, HELLO_RANDOM);
+    if (h->state == HS_FLIGHTS || (cookie && h->state == HS_COOKIE))
+        return;
+    if (h->round_trip_us == 0 || took < h->round_trip_us)
+        h->round_trip_us = took;
+    h->asked_at = h->step_at = now;
+    h->cookies = h->cookies || cookie;
+    hs_become(a, cookie ? HS_COOKIE : HS_FLIGHTS);
+}
+
+static struct guard hs_guard(const struct association *a)
+{
+    const struct handshake *h = a->handshake;
+    OSSL_HANDSHAKE_STATE step = SSL_get_state(a->ssl);
+    return (struct guard){.server = a->conn->server,
+                          .asks = SSL_get_verify_mode(a->ssl) != SSL_VERIFY_NONE,
+                          .keyed = step == TLS_ST_SR_CHANGE || step == TLS_ST_CR_CHANGE,
+                          .early = h->early,
+                          .hello_due = !a->conn->server && step == TLS_ST_CW_CLNT_HELLO,
+                          .answered = h->state != HS_ASKING,
+                          .anew = h->restarts > 0,
+                          .random = a->hello_random};
+}
+
+static void hs_take(struct association *a, const struct record *r, bool keyed)
+{
+    a->handshake->early += r->epoch == 1 && !keyed;
+    if (record_is_server_hello(r))
+        hs_answered(a, r);
+    a->handshake->claim.at = 0;
+    a->wire.in = r->start;
+    a->wire.in_len = r->size;
+    a->wire.in_renumber = r->epoch == 0;
+    hs_drive(a);
+    a->wire.in = NULL;
+}
+
+/* One datagram through the guard. Each record goes alone, since one may change what the next one is held against. */
+static void hs_input(struct association *a, const uint8_t *p, size_t n)
+{
+    struct record r;
+    for (; n > 0 && hs_under_way(a); p += r.size, n -= r.size) {
+        if (!record_parse(p, n, &r)) {
+            ep_count(a->ep, DTLS_DROP_MALFORMED);
+            return; /* what follows cannot be found */
+        }
+        struct guard g = hs_guard(a);
+        int verdict = guard_handshake(&g, &r);
+        if (verdict == GUARD_PASS)
+            hs_take(a, &r, g.keyed);
+        else
+            ep_count(a->ep, verdict == GUARD_CLAIM ? DTLS_DROP_ALERT : (dtls_drop)verdict);
+        if (verdict == GUARD_CLAIM)
+            hs_claim(a, r.body[1], SSL_alert_desc_string_long(r.body[1]));
+    }
+    if (!a->handshake) /* the rest is for the connection that just opened */
+        traffic_input(a, p, n);
+}
+
+/* Beginnings. */
+
+/* False: no memory. The association's connection is there, and its addresses are set. */
+static bool hs_new(struct association *a)
+{
+    struct handshake *h = a->handshake = calloc(1, sizeof *h);
+    if (!h)
+        return false;
+    h->deadline = a->conn->started + us(a->ep->cfg.handshake_timeout_ms);
+    h->asked_at = h->step_at = a->conn->started;
+    a->rules = hs_rules;
     return true;
 }
 
-static void cookie_rotate(dtls_endpoint *ep)
+/* A client's first ClientHello. Not done: OpenSSL's error queue has the reason. */
+static bool hs_connect(struct association *a)
 {
-    int64_t period = us(ep->cfg.cookie_ms), age = ep->loop->now - ep->secret_at;
-    if (age < period)
-        return;
-    for (int n = age < 2 * period ? 1 : 2; n > 0; n--) { /* after a long silence both are too old */
-        memcpy(ep->secret[1], ep->secret[0], COOKIE_SECRET);
-        if (RAND_bytes(ep->secret[0], COOKIE_SECRET) != 1)
-            return; /* the old one serves on; the next ClientHello tries again */
-    }
-    ep->secret_at = ep->loop->now;
-}
-
-static int cookie_generate(SSL *ssl, unsigned char *cookie, unsigned *len)
-{
-    dtls_conn *c = conn_of(ssl);
-    *len = COOKIE_BYTES;
-    return cookie_make(c, c->ep->secret[0], cookie);
-}
-
-static int cookie_verify(SSL *ssl, const unsigned char *cookie, unsigned len)
-{
-    dtls_conn *c = conn_of(ssl);
-    uint8_t good[COOKIE_BYTES];
-    bool same = false;
-    for (int i = 0; i < 2 && !same && len == COOKIE_BYTES; i++)
-        same = cookie_make(c, c->ep->secret[i], good) && CRYPTO_memcmp(cookie, good, COOKIE_BYTES) == 0;
-    return same;
-}
-
-/* Too many handshakes: the oldest gives way, or whoever starts enough of them would lock all others out. */
-static void ep_crowd_out(dtls_endpoint *ep)
-{
-    dtls_conn *c = ep->first;
-    while (c && !(c->server && c->state == CONN_HANDSHAKE))
-        c = c->next;
-    if (c)
-        conn_end(c, DTLS_CLOSE_TIMEOUT, "gave way to newer %s", "handshakes");
-}
-
-/* A ClientHello: from a stranger, or from a live peer's address (a restarted client, or somebody who only writes that
- * address on his datagrams). It goes through DTLSv1_listen on the spare SSL: nothing is kept before the cookie proves
- * the address, and a live connection stays until the new handshake is done. */
-static void ep_hello(dtls_endpoint *ep, struct udp *u, const struct record *r, const dtls_addr *from,
-                     const dtls_addr *to, dtls_conn *old)
-{
-    size_t conns = (size_t)ep->cfg.max_conns;
-    bool full = !old && ep->counters.conns - ep->counters.handshakes >= conns;
-    if (full || (!ep->spare && !(ep->spare = conn_new(ep, true)))) {
-        ep_count(ep, DTLS_DROP_LIMIT);
-        return;
-    }
-    dtls_conn *c = ep->spare;
-    c->udp = u;
-    c->peer = *from;
-    c->local = *to;
-    memcpy(c->hello_random, r->body + HANDSHAKE_HEADER + 2, HELLO_RANDOM);
-    c->output = false;
-    c->in = r->start; /* alone: OpenSSL 3.5 would work on what stands behind it in the datagram */
-    c->in_len = r->size;
-    cookie_rotate(ep);
-    errors_clear();
-    int verified = DTLSv1_listen(c->ssl, ep->listen_addr);
-    errors_clear();
-    c->in = NULL;
-    if (verified <= 0) {
-        if (c->output)
-            ep->counters.cookies_sent++;
-        else
-            ep_count(ep, DTLS_DROP_HELLO);
-        return;
-    }
-
-    ep->spare = NULL;
-    if (old && old->state == CONN_HANDSHAKE)
-        conn_give_way(old);
-    while (ep->counters.handshakes > 0 &&
-           (ep->counters.handshakes >= (size_t)ep->cfg.max_handshakes || (!old && ep->counters.conns >= conns)))
-        ep_crowd_out(ep);
-    if (ep->closed || ep_list(c) < 0) { /* the log of the above may have ended the endpoint */
-        ep_count(ep, DTLS_DROP_LIMIT);
-        conn_destroy(&c->object);
-        return;
-    }
-    ep->counters.handshakes++;
-    c->started = loop_now(ep->loop);
-    c->deadline = c->started + us(ep->cfg.handshake_timeout_ms);
-    c->in_sequence = r->sequence + 1;
-    DTLS_set_timer_cb(c->ssl, conn_retransmit_us); /* listening cleared it */
-    conn_drive(c);
-}
-
-/* A repeated one: of a handshake under way, or of a connection's own. */
-static bool ep_knows_hello(const dtls_conn *c, const struct record *r)
-{
-    for (; c; c = ep_next_same(c))
-        if (memcmp(c->hello_random, r->body + HANDSHAKE_HEADER + 2, HELLO_RANDOM) == 0)
-            return true;
-    return false;
-}
-
-static void ep_input(dtls_endpoint *ep, struct udp *u, const uint8_t *p, size_t n, const dtls_addr *from,
-                     const dtls_addr *to)
-{
-    struct record r;
-    dtls_conn *c = u && u->conn ? u->conn : ep_find(ep, from, to);
-    ep->counters.datagrams_in++;
-    if (ep->listening && (!c || c->server) && guard_client_hello(p, n, &r)) {
-        if (r.sequence > HELLO_SEQUENCE_MAX || ep_knows_hello(c, &r))
-            ep_count(ep, DTLS_DROP_HELLO); /* repeated: our own timer sends the flight again */
-        else
-            ep_hello(ep, u, &r, from, to, c);
-        return;
-    }
-    if (!c)
-        ep_count(ep, DTLS_DROP_STRANGER);
-    for (dtls_conn *next; c; c = next) { /* where there are two, each takes what it has the keys for */
-        next = ep_next_same(c);
-        conn_input(c, p, n);
-    }
-}
-
-int dtls_endpoint_input(dtls_endpoint *ep, const void *data, size_t len, const dtls_addr *from, const dtls_addr *to)
-{
-    if (ep->sending)
-        return DTLS_ERR_STATE;
-    loop_enter(ep->loop);
-    if (!ep->closed) {
-        if (len <= DATAGRAM_MAX)
-            ep_input(ep, NULL, data, len, from, to);
-        else
-            ep_count(ep, DTLS_DROP_OVERSIZE);
-    }
-    loop_leave(ep->loop);
-    return 0;
-}
-
-/* Listening. */
-
-static bool ep_covered(const dtls_endpoint *ep, const dtls_addr *a)
-{
-    if (a->port == 0)
+    hs_become(a, HS_ASKING);
+    int e = hs_advance(a); /* cannot be done before an answer */
+    if (e != SSL_ERROR_WANT_READ && e != SSL_ERROR_WANT_WRITE)
         return false;
-    for (struct object *o = ep->sockets.next; o != &ep->sockets; o = o->next) {
-        const struct udp *u = (const struct udp *)o;
-        if (!u->conn && u->local.port == a->port && u->local.family == a->family &&
-            (u->wildcard || dtls_addr_equal(&u->local, a)))
-            return true;
-    }
-    return false;
+    assoc_arm(a);
+    return true;
 }
 
-static struct udp *ep_bind(dtls_endpoint *ep, const dtls_addr *a, dtls_error *err)
+/* A server's, from the ClientHello whose cookie DTLSv1_listen found to be good. */
+static void hs_accept(struct association *a, const struct record *hello)
 {
-    char text[DTLS_ADDR_TEXT];
-    struct udp *u = udp_open(ep->loop, ep, &ep->sockets, a, NULL);
-    int error = errno;
-    if (!u)
-        fail(err, DTLS_ERR_SYSTEM, "%s: %s", dtls_addr_format(a, text, sizeof text), strerror(error));
-    errno = error;
-    return u;
+    a->wire.in_sequence = hello->sequence + 1;
+    DTLS_set_timer_cb(a->ssl, hs_retransmit_us); /* listening cleared it */
+    hs_become(a, HS_FLIGHTS);
+    hs_drive(a);
 }
 
-/* "[::]:p" means every address, so it takes two sockets on one port. With port 0 the IPv6 socket's pick may be taken
- * for IPv4; then the pair is tried again. */
-static int ep_listen_everywhere(dtls_endpoint *ep, dtls_addr *a, dtls_error *err)
-{
-    for (int tries = 16; tries > 0; tries--) {
-        struct udp *six = ep_bind(ep, a, err);
-        dtls_addr four = {.family = 4, .port = six ? six->local.port : a->port};
-        if (!six && errno != EAFNOSUPPORT && errno != EADDRNOTAVAIL)
-            return DTLS_ERR_SYSTEM; /* no IPv6 on this machine is no error, anything else is */
-        struct udp *u = ep_covered(ep, &four) ? six : ep_bind(ep, &four, err);
-        if (u) {
-            a->port = u->local.port;
-            return 0;
-        }
-        int error = errno;
-        if (six)
-            udp_free(six);
-        if (a->port != 0 || error != EADDRINUSE)
-            break;
-    }
-    return DTLS_ERR_SYSTEM;
-}
-
-/* Every peer would refuse a certificate whose extendedKeyUsage says otherwise. */
-static int ep_check_purpose(const dtls_endpoint *ep, int purpose, dtls_error *err)
-{
-    if (X509_check_purpose(SSL_CTX_get0_certificate(ep->ctx), purpose, 0) == 1)
-        return 0;
-    return fail(err, DTLS_ERR_CERT, "the certificate is not for a %s (extendedKeyUsage)",
-                purpose == X509_PURPOSE_SSL_SERVER ? "server" : "client");
-}
-
-int dtls_endpoint_listen(dtls_endpoint *ep, dtls_addr *a, dtls_error *err)
-{
-    int r = 0;
-    if (ep->closed)
-        return fail(err, DTLS_ERR_STATE, "the endpoint was freed");
-    if (ep_check_purpose(ep, X509_PURPOSE_SSL_SERVER, err) < 0)
-        return DTLS_ERR_CERT;
-    if (ep->cfg.send) {
-        ep->listening = true;
-        return 0;
-    }
-    if (!a || (a->family != 4 && a->family != 6))
-        return fail(err, DTLS_ERR_ARG, "no address to listen on");
-    if (ep_covered(ep, a))
-        return 1;
-    loop_enter(ep->loop);
-    if (a->family == 6 && addr_is_wildcard(a)) {
-        r = ep_listen_everywhere(ep, a, err);
-    } else {
-        struct udp *u = ep_bind(ep, a, err);
-        r = u ? 0 : DTLS_ERR_SYSTEM;
-        if (u)
-            a->port = u->local.port;
-    }
-    ep->listening = ep->listening || r == 0;
-    loop_leave(ep->loop);
-    return r;
-}
-
-/* Connecting. */
-
-/* The name as it stands in certificates: without the dot that may end a DNS name. NULL with *r: not one to look for. */
-static char *conn_copy_name(const char *name, int *r)
-{
-    size_t n = strlen(name);
-    *r = DTLS_ERR_ARG;
-    if (n > 1 && name[n - 1] == '.')
-        n--;
-    if (n == 0 || name[0] == '.' || n > 253)
-        return NULL;
-    char *copy = malloc(n + 1);
-    *r = copy ? 0 : DTLS_ERR_MEMORY;
-    if (copy) {
-        memcpy(copy, name, n);
-        copy[n] = 0;
-    }
-    return copy;
-}
-
-static int conn_start(dtls_conn *c, const dtls_target *t, dtls_error *err)
-{
-    dtls_endpoint *ep = c->ep;
-    char text[DTLS_ADDR_TEXT];
-    dtls_addr_format(&t->peer, text, sizeof text);
-    if (!ep->cfg.send && ((t->peer.family != 4 && t->peer.family != 6) || t->peer.port == 0))
-        return fail(err, DTLS_ERR_ARG, "%s: no address to connect to", text);
-    if (ep_check_purpose(ep, X509_PURPOSE_SSL_CLIENT, err) < 0)
-        return DTLS_ERR_CERT;
-    if (ep->counters.conns >= (size_t)ep->cfg.max_conns)
-        return fail(err, DTLS_ERR_LIMIT, "%s: %d connections are open already", text, ep->cfg.max_conns);
-    if (!ep->cfg.send) {
-        c->udp = udp_open(ep->loop, ep, &ep->sockets, NULL, &t->peer);
-        if (!c->udp)
-            return fail(err, DTLS_ERR_SYSTEM, "%s: %s", text, strerror(errno));
-        c->udp->conn = c;
-        c->local = c->udp->local;
-    }
-    if (ep_find(ep, &c->peer, &c->local))
-        return fail(err, DTLS_ERR_STATE, "%s: connected already", text);
-    int r = 0;
-    if (t->name && !(c->name = conn_copy_name(t->name, &r)))
-        return fail(err, r, "%.100s: not a name to expect in a certificate", t->name);
-    if (t->session && SSL_SESSION_up_ref(t->session) == 1)
-        c->session = t->session;
-    if (!conn_be_client(c, c->ssl))
-        return fail(err, DTLS_ERR_TLS, "%s: OpenSSL does not take the name or the session", text);
-    if (ep_list(c) < 0)
-        return fail(err, DTLS_ERR_MEMORY, "out of memory");
-    errors_clear();
-    r = SSL_do_handshake(c->ssl); /* the ClientHello; cannot be done before an answer */
-    int e = SSL_get_error(c->ssl, r);
-    if (e == SSL_ERROR_WANT_READ || e == SSL_ERROR_WANT_WRITE)
-        return 0;
-    ep_unlist(c);
-    const char *reason = ERR_reason_error_string(ERR_peek_last_error());
-    return fail(err, DTLS_ERR_TLS, "%s: OpenSSL: %s", text, reason ? reason : "no reason given");
-}
-
-dtls_conn *dtls_endpoint_connect(dtls_endpoint *ep, const dtls_target *t, dtls_error *err)
-{
-    if (ep->sending || ep->closed) {
-        fail(err, DTLS_ERR_STATE, "not possible now");
-        return NULL;
-    }
-    loop_enter(ep->loop);
-    dtls_conn *c = conn_new(ep, false);
-    if (!c) {
-        fail(err, DTLS_ERR_MEMORY, "out of memory");
-    } else {
-        c->peer = t->peer;
-        c->local = t->local;
-        c->user = t->user;
-        c->started = c->asked_at = loop_now(ep->loop);
-        c->deadline = c->started + us(ep->cfg.handshake_timeout_ms);
-        if (conn_start(c, t, err) == 0) {
-            conn_arm(c);
-        } else {
-            if (c->udp) {
-                c->udp->conn = NULL;
-                udp_free(c->udp);
-            }
-            conn_destroy(&c->object);
-            c = NULL;
-        }
-    }
-    errors_clear();
-    loop_leave(ep->loop);
-    return c;
-}
-
-void dtls_endpoint_each(dtls_endpoint *ep, void (*fn)(dtls_conn *conn, void *user), void *user)
-{
-    loop_enter(ep->loop);
-    for (dtls_conn *c = ep->first; c; c = c->next) /* fn may end any: they stay in memory until we leave */
-        if (c->state == CONN_OPEN)
-            fn(c, user);
-    loop_leave(ep->loop);
-}
-
-void dtls_endpoint_counters(const dtls_endpoint *ep, dtls_counters *counters)
-{
-    *counters = ep->counters;
-}
-
-const char *dtls_drop_name(dtls_drop reason)
-{
-    static const char *const names[DTLS_DROP_COUNT] = {"malformed", "oversize",  "stranger", "hello",
-                                                       "limit",     "epoch",     "short",    "alert",
-                                                       "data",      "handshake", "early",    "send"};
-    return (unsigned)reason < DTLS_DROP_COUNT ? names[reason] : "unknown";
-}
-
-void *dtls_endpoint_user(const dtls_endpoint *ep)
-{
-    return ep->cfg.user;
-}
-
-dtls_loop *dtls_endpoint_loop(const dtls_endpoint *ep)
-{
-    return ep->loop;
-}
-
-static void ep_destroy(struct object *o)
-{
-    dtls_endpoint *ep = (dtls_endpoint *)o;
-    if (ep->spare)
-        conn_destroy(&ep->spare->object);
-    free(ep->table);
-    free(ep->flight);
-    BIO_ADDR_free(ep->listen_addr);
-    SSL_CTX_free(ep->ctx);
-    BIO_meth_free(ep->bio_method);
-    OPENSSL_cleanse(ep, sizeof *ep);
-    free(ep);
-}
-
-static void ep_end(struct object *o)
-{
-    dtls_endpoint *ep = (dtls_endpoint *)o;
-    ep->closed = true;
-    ep->listening = false;
-    while (ep->first)
-        conn_end(ep->first, DTLS_CLOSE_LOCAL, "closed %s", "here");
-    while (ep->sockets.next != &ep->sockets)
-        udp_free((struct udp *)ep->sockets.next);
-    loop_bury(ep->loop, o); /* behind its connections: they need its SSL_CTX and BIO_METHOD to the end */
-}
-
-void dtls_endpoint_free(dtls_endpoint *ep)
-{
-    if (!ep || ep->closed || ep->sending)
-        return;
-    dtls_loop *l = ep->loop;
-    loop_enter(l);
-    ep_end(&ep->object);
-    loop_leave(l);
-}
-
-/* ==== 8. context ================================================================================================== */
+/* ==== 9. context ================================================================================================== */
 
 static void config_default(int *field, int value)
 {
@@ -3231,41 +3283,51 @@ static int ctx_check_dates(SSL_CTX *ctx, const char *file, dtls_error *err)
                 expired ? "expired on" : "is not valid before", date);
 }
 
+static int ctx_load_cert(SSL_CTX *ctx, const char *file, dtls_error *err)
+{
+    if (ctx_readable(file, err) < 0)
+        return DTLS_ERR_CERT;
+    if (SSL_CTX_use_certificate_chain_file(ctx, file) != 1)
+        return fail(err, DTLS_ERR_CERT, "%.150s: no certificate in PEM form that can be used", file);
+    return ctx_check_dates(ctx, file, err);
+}
+
+static int ctx_load_key(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
+{
+    if (ctx_readable(cfg->key_file, err) < 0)
+        return DTLS_ERR_CERT;
+    errors_clear();
+    if (SSL_CTX_use_PrivateKey_file(ctx, cfg->key_file, SSL_FILETYPE_PEM) == 1)
+        return 0;
+    if (ERR_GET_LIB(ERR_peek_last_error()) == ERR_LIB_X509)
+        return fail(err, DTLS_ERR_CERT, "%.100s: the key does not match %.100s", cfg->key_file, cfg->cert_file);
+    return fail(err, DTLS_ERR_CERT,
+                "%.150s: no private key in PEM form, or one with a password ('openssl pkey' removes it)",
+                cfg->key_file);
+}
+
+static int ctx_load_ca(SSL_CTX *ctx, const char *file, dtls_error *err)
+{
+    if (ctx_readable(file, err) < 0)
+        return DTLS_ERR_CERT;
+    STACK_OF(X509_NAME) *names = SSL_load_client_CA_file(file);
+    if (!names || SSL_CTX_load_verify_locations(ctx, file, NULL) != 1) {
+        sk_X509_NAME_pop_free(names, X509_NAME_free);
+        return fail(err, DTLS_ERR_CERT, "%.150s: no CA certificate in PEM form", file);
+    }
+    SSL_CTX_set_client_CA_list(ctx, names);
+    return 0;
+}
+
 static int ctx_load(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
 {
-    SSL_CTX_set_default_passwd_cb(ctx, ctx_no_password);
-    if (cfg->cert_file) {
-        if (ctx_readable(cfg->cert_file, err) < 0)
-            return DTLS_ERR_CERT;
-        if (SSL_CTX_use_certificate_chain_file(ctx, cfg->cert_file) != 1)
-            return fail(err, DTLS_ERR_CERT, "%.150s: no certificate in PEM form that can be used", cfg->cert_file);
-        if (ctx_check_dates(ctx, cfg->cert_file, err) < 0)
-            return DTLS_ERR_CERT;
-    }
-    if (cfg->key_file) {
-        if (ctx_readable(cfg->key_file, err) < 0)
-            return DTLS_ERR_CERT;
-        errors_clear();
-        if (SSL_CTX_use_PrivateKey_file(ctx, cfg->key_file, SSL_FILETYPE_PEM) != 1) {
-            if (ERR_GET_LIB(ERR_peek_last_error()) == ERR_LIB_X509)
-                return fail(err, DTLS_ERR_CERT, "%.100s: the key does not match %.100s", cfg->key_file, cfg->cert_file);
-            return fail(err, DTLS_ERR_CERT,
-                        "%.150s: no private key in PEM form, or one with a password ('openssl pkey' removes it)",
-                        cfg->key_file);
-        }
-    }
-    if (cfg->ca_file) {
-        if (ctx_readable(cfg->ca_file, err) < 0)
-            return DTLS_ERR_CERT;
-        STACK_OF(X509_NAME) *names = SSL_load_client_CA_file(cfg->ca_file);
-        if (!names || SSL_CTX_load_verify_locations(ctx, cfg->ca_file, NULL) != 1) {
-            sk_X509_NAME_pop_free(names, X509_NAME_free);
-            return fail(err, DTLS_ERR_CERT, "%.150s: no CA certificate in PEM form", cfg->ca_file);
-        }
-        SSL_CTX_set_client_CA_list(ctx, names);
-    } else if (!cfg->on_ssl_ctx) {
+    if ((cfg->cert_file && ctx_load_cert(ctx, cfg->cert_file, err) < 0) ||
+        (cfg->key_file && ctx_load_key(ctx, cfg, err) < 0) || (cfg->ca_file && ctx_load_ca(ctx, cfg->ca_file, err) < 0))
+        return DTLS_ERR_CERT;
+    if (!cfg->ca_file && !cfg->on_ssl_ctx)
         return fail(err, DTLS_ERR_CERT, "a CA certificate is needed, or every peer is refused");
-    }
+    if (cfg->on_ssl_ctx && cfg->on_ssl_ctx(cfg->user, ctx) != 0)
+        return fail(err, DTLS_ERR_TLS, "on_ssl_ctx gave up");
     return 0;
 }
 
@@ -3294,7 +3356,8 @@ static int ctx_check(SSL_CTX *ctx, dtls_error *err)
     return 0;
 }
 
-static int ctx_setup(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
+/* What on_ssl_ctx may change later. */
+static int ctx_defaults(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
 {
     uint8_t id[SSL_MAX_SID_CTX_LENGTH];
     /* DTLSv1_listen stays a DTLS 1.2 call: the cap is on purpose, here and nowhere else. */
@@ -3302,16 +3365,14 @@ static int ctx_setup(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
         SSL_CTX_set_max_proto_version(ctx, DTLS1_2_VERSION) != 1 ||
         SSL_CTX_set_cipher_list(ctx, "ECDHE+AESGCM:ECDHE+CHACHA20") != 1)
         return fail(err, DTLS_ERR_TLS, "this OpenSSL has no DTLS 1.2 with ECDHE and AEAD suites");
-    /* A ticket carries the client's certificate: a ClientHello above 1 KB and much CPU. The cache below does it
-     * better. */
+    /* A ticket carries the client's certificate: a ClientHello above 1 KB and much CPU. The cache does it better. */
     SSL_CTX_set_options(ctx, SSL_OP_NO_TICKET | SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION |
                                  SSL_OP_CIPHER_SERVER_PREFERENCE);
     /* The chain comes from the file; building one for each handshake costs 8 % of it. */
     SSL_CTX_set_mode(ctx, SSL_MODE_NO_AUTO_CHAIN | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
     SSL_CTX_set_max_cert_list(ctx, CERTIFICATES_LENGTH_MAX);
     SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, NULL);
-    SSL_CTX_set_cookie_generate_cb(ctx, cookie_generate);
-    SSL_CTX_set_cookie_verify_cb(ctx, cookie_verify);
+    SSL_CTX_set_default_passwd_cb(ctx, ctx_no_password);
     /* Resumption with client certificates needs a context; a random one keeps sessions within this set of trust. */
     if (RAND_bytes(id, sizeof id) != 1 || SSL_CTX_set_session_id_context(ctx, id, sizeof id) != 1)
         return fail(err, DTLS_ERR_TLS, "OpenSSL has no random numbers");
@@ -3321,11 +3382,445 @@ static int ctx_setup(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
         SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_SERVER);
         SSL_CTX_sess_set_cache_size(ctx, cfg->session_cache);
     }
-    if (ctx_load(ctx, cfg, err) < 0)
+    return 0;
+}
+
+/* ==== 10. endpoint ================================================================================================ */
+
+enum {
+    COOKIE_BYTES = 16,          /* keeps a HelloVerifyRequest (44 bytes) below any ClientHello */
+    HELLO_SEQUENCE_MAX = 0xffff /* libssl goes on counting from the ClientHello's record */
+};
+
+/* Cookies: RFC 6347 section 4.2.1. The address pair under a secret that changes; the one before stays valid. Nothing of
+ * the ClientHello: somebody who sends one in a client's name must not make the client's cookie a wrong one. */
+
+/* False: no memory for it, and no cookie is better than one that anybody can guess. */
+static bool cookie_make(const struct association *a, const uint8_t secret[COOKIE_SECRET], uint8_t cookie[COOKIE_BYTES])
+{
+    uint8_t data[2 * ADDR_PACKED], mac[EVP_MAX_MD_SIZE];
+    unsigned len = sizeof mac;
+    addr_pack(&a->peer, data);
+    addr_pack(&a->local, data + ADDR_PACKED);
+    if (!HMAC(EVP_sha256(), secret, COOKIE_SECRET, data, sizeof data, mac, &len))
+        return false;
+    memcpy(cookie, mac, COOKIE_BYTES);
+    return true;
+}
+
+static void cookie_rotate(dtls_endpoint *ep)
+{
+    int64_t period = us(ep->cfg.cookie_ms), age = ep->loop->now - ep->secret_at;
+    if (age < period)
+        return;
+    for (int n = age < 2 * period ? 1 : 2; n > 0; n--) { /* after a long silence both are too old */
+        memcpy(ep->secret[1], ep->secret[0], COOKIE_SECRET);
+        if (RAND_bytes(ep->secret[0], COOKIE_SECRET) != 1)
+            return; /* the old one serves on; the next ClientHello tries again */
+    }
+    ep->secret_at = ep->loop->now;
+}
+
+static int cookie_generate(SSL *ssl, unsigned char *cookie, unsigned *len)
+{
+    const struct association *a = assoc_of(ssl);
+    *len = COOKIE_BYTES;
+    return cookie_make(a, a->ep->secret[0], cookie);
+}
+
+static int cookie_verify(SSL *ssl, const unsigned char *cookie, unsigned len)
+{
+    const struct association *a = assoc_of(ssl);
+    uint8_t good[COOKIE_BYTES];
+    bool same = false;
+    for (int i = 0; i < 2 && !same && len == COOKIE_BYTES; i++)
+        same = cookie_make(a, a->ep->secret[i], good) && CRYPTO_memcmp(cookie, good, COOKIE_BYTES) == 0;
+    return same;
+}
+
+/* ClientHellos. */
+
+/* Too many handshakes: the oldest gives way, or whoever starts enough of them would lock all others out. */
+static void ep_crowd_out(dtls_endpoint *ep)
+{
+    dtls_conn *c = ep->first;
+    while (c && !(c->server && c->state == CONN_CONNECTING))
+        c = c->next;
+    if (c)
+        conn_end(c, DTLS_CLOSE_TIMEOUT, "gave way to newer handshakes");
+}
+
+/* Makes room for one more handshake; old: what the same addresses have already. */
+static void ep_make_room(dtls_endpoint *ep, struct association *old)
+{
+    const dtls_counters *n = &ep->counters;
+    if (old && old->handshake)
+        hs_give_way(old);
+    while (n->handshakes > 0 &&
+           (n->handshakes >= (size_t)ep->cfg.max_handshakes || (!old && n->conns >= (size_t)ep->cfg.max_conns)))
+        ep_crowd_out(ep);
+}
+
+/* The spare association's cookie was good: it becomes a connection's. */
+static void ep_accept(dtls_endpoint *ep, const struct record *r, struct association *old)
+{
+    struct association *a = ep->spare;
+    ep->spare = NULL;
+    ep_make_room(ep, old);
+    dtls_conn *c = ep->closed ? NULL : conn_new(a, true); /* the log of the above may have ended the endpoint */
+    if (!c || !hs_new(a) || conn_list(c) < 0) {
+        ep_count(ep, DTLS_DROP_LIMIT);
+        assoc_destroy(&a->object);
+        if (c)
+            conn_destroy(&c->object);
+        return;
+    }
+    hs_accept(a, r);
+}
+
+/* A ClientHello: from a stranger, or from a live peer's address (a restarted client, or somebody who only writes that
+ * address on his datagrams). It goes through DTLSv1_listen on the spare association: nothing is kept before the cookie
+ * proves the address, and a live connection stays until the new handshake is done. */
+static void ep_hello(dtls_endpoint *ep, struct udp *u, const struct record *r, const dtls_addr *from,
+                     const dtls_addr *to, struct association *old)
+{
+    bool full = !old && ep->counters.conns - ep->counters.handshakes >= (size_t)ep->cfg.max_conns;
+    if (full || (!ep->spare && !(ep->spare = assoc_new(ep)))) {
+        ep_count(ep, DTLS_DROP_LIMIT);
+        return;
+    }
+    struct association *a = ep->spare;
+    assoc_set_addresses(a, from, to);
+    a->udp = u;
+    memcpy(a->hello_random, r->body + HANDSHAKE_HEADER + 2, HELLO_RANDOM);
+    a->wire.written = false;
+    a->wire.in = r->start; /* alone: OpenSSL 3.5 would work on what stands behind it in the datagram */
+    a->wire.in_len = r->size;
+    cookie_rotate(ep);
+    errors_clear();
+    int verified = DTLSv1_listen(a->ssl, ep->listen_addr);
+    errors_clear();
+    a->wire.in = NULL;
+    if (verified > 0)
+        ep_accept(ep, r, old);
+    else if (a->wire.written)
+        ep->counters.cookies_sent++;
+    else
+        ep_count(ep, DTLS_DROP_HELLO);
+}
+
+/* A repeated one: of a handshake under way, or of a connection's own. */
+static bool ep_knows_hello(const struct association *a, const struct record *r)
+{
+    for (; a; a = table_next_same(a))
+        if (memcmp(a->hello_random, r->body + HANDSHAKE_HEADER + 2, HELLO_RANDOM) == 0)
+            return true;
+    return false;
+}
+
+/* Datagrams. */
+
+static void ep_give(struct association *a, const uint8_t *p, size_t n)
+{
+    if (a->handshake)
+        hs_input(a, p, n);
+    else
+        traffic_input(a, p, n);
+}
+
+static void ep_input(dtls_endpoint *ep, struct udp *u, const uint8_t *p, size_t n, const dtls_addr *from,
+                     const dtls_addr *to)
+{
+    struct record r;
+    struct association *a = table_find(ep, from, to);
+    ep->counters.datagrams_in++;
+    if (ep->listening && (!a || a->conn->server) && record_client_hello(p, n, &r)) {
+        if (r.sequence > HELLO_SEQUENCE_MAX || ep_knows_hello(a, &r))
+            ep_count(ep, DTLS_DROP_HELLO); /* repeated: our own timer sends the flight again */
+        else
+            ep_hello(ep, u, &r, from, to, a);
+        return;
+    }
+    if (!a)
+        ep_count(ep, DTLS_DROP_STRANGER);
+    for (struct association *next; a; a = next) { /* where there are two, each takes what it has the keys for */
+        next = table_next_same(a);
+        ep_give(a, p, n);
+    }
+}
+
+static void ep_listening_input(struct udp *u, const uint8_t *p, size_t n, const dtls_addr *from, const dtls_addr *to)
+{
+    ep_input(u->user.owner, u, p, n, from, to);
+}
+
+static void ep_listening_failed(struct udp *u, int error)
+{
+    (void)u, (void)error; /* whoever it is about, others use this socket as well */
+}
+
+static void ep_own_input(struct udp *u, const uint8_t *p, size_t n, const dtls_addr *from, const dtls_addr *to)
+{
+    struct association *a = u->user.owner;
+    (void)from, (void)to;
+    a->ep->counters.datagrams_in++;
+    ep_give(a, p, n);
+}
+
+static void ep_own_failed(struct udp *u, int error)
+{
+    hs_socket_failed(u->user.owner, error);
+}
+
+int dtls_endpoint_input(dtls_endpoint *ep, const void *data, size_t len, const dtls_addr *from, const dtls_addr *to)
+{
+    if (ep->sending)
+        return DTLS_ERR_STATE;
+    loop_enter(ep->loop);
+    if (!ep->closed) {
+        if (len <= DATAGRAM_MAX)
+            ep_input(ep, NULL, data, len, from, to);
+        else
+            ep_count(ep, DTLS_DROP_OVERSIZE);
+    }
+    loop_leave(ep->loop);
+    return 0;
+}
+
+/* Listening. */
+
+static bool ep_covered(const dtls_endpoint *ep, const dtls_addr *a)
+{
+    if (a->port == 0)
+        return false;
+    for (struct object *o = ep->sockets.next; o != &ep->sockets; o = o->next) {
+        const struct udp *u = (const struct udp *)o;
+        if (!u->connected && u->local.port == a->port && u->local.family == a->family &&
+            (u->wildcard || dtls_addr_equal(&u->local, a)))
+            return true;
+    }
+    return false;
+}
+
+static struct udp *ep_bind(dtls_endpoint *ep, const dtls_addr *a, dtls_error *err)
+{
+    char text[DTLS_ADDR_TEXT];
+    const struct udp_user user = {ep_listening_input, ep_listening_failed, ep, &ep->counters, &ep->cfg};
+    struct udp *u = udp_open(ep->loop, &user, &ep->sockets, a, NULL);
+    int error = errno;
+    if (!u)
+        fail(err, DTLS_ERR_SYSTEM, "%s: %s", dtls_addr_format(a, text, sizeof text), strerror(error));
+    errno = error;
+    return u;
+}
+
+/* "[::]:p" means every address, so it takes two sockets on one port. With port 0 the IPv6 socket's pick may be taken
+ * for IPv4; then the pair is tried again. */
+static int ep_listen_everywhere(dtls_endpoint *ep, dtls_addr *a, dtls_error *err)
+{
+    for (int tries = 16; tries > 0; tries--) {
+        struct udp *six = ep_bind(ep, a, err);
+        dtls_addr four = {.family = 4, .port = six ? six->local.port : a->port};
+        if (!six && errno != EAFNOSUPPORT && errno != EADDRNOTAVAIL)
+            return DTLS_ERR_SYSTEM; /* no IPv6 on this machine is no error, anything else is */
+        struct udp *u = ep_covered(ep, &four) ? six : ep_bind(ep, &four, err);
+        if (u) {
+            a->port = u->local.port;
+            return 0;
+        }
+        int error = errno;
+        if (six)
+            udp_free(six);
+        if (a->port != 0 || error != EADDRINUSE)
+            break;
+    }
+    return DTLS_ERR_SYSTEM;
+}
+
+/* Every peer would refuse a certificate whose extendedKeyUsage says otherwise. */
+static int ep_check_purpose(const dtls_endpoint *ep, int purpose, dtls_error *err)
+{
+    if (X509_check_purpose(SSL_CTX_get0_certificate(ep->ctx), purpose, 0) == 1)
+        return 0;
+    return fail(err, DTLS_ERR_CERT, "the certificate is not for a %s (extendedKeyUsage)",
+                purpose == X509_PURPOSE_SSL_SERVER ? "server" : "client");
+}
+
+int dtls_endpoint_listen(dtls_endpoint *ep, dtls_addr *a, dtls_error *err)
+{
+    int r = 0;
+    if (ep->closed)
+        return fail(err, DTLS_ERR_STATE, "the endpoint was freed");
+    if (ep_check_purpose(ep, X509_PURPOSE_SSL_SERVER, err) < 0)
         return DTLS_ERR_CERT;
-    if (cfg->on_ssl_ctx && cfg->on_ssl_ctx(cfg->user, ctx) != 0)
-        return fail(err, DTLS_ERR_TLS, "on_ssl_ctx gave up");
-    return ctx_check(ctx, err);
+    if (ep->cfg.send) {
+        ep->listening = true;
+        return 0;
+    }
+    if (!a || (a->family != 4 && a->family != 6))
+        return fail(err, DTLS_ERR_ARG, "no address to listen on");
+    if (ep_covered(ep, a))
+        return 1;
+    loop_enter(ep->loop);
+    if (a->family == 6 && addr_is_wildcard(a)) {
+        r = ep_listen_everywhere(ep, a, err);
+    } else {
+        struct udp *u = ep_bind(ep, a, err);
+        r = u ? 0 : DTLS_ERR_SYSTEM;
+        if (u)
+            a->port = u->local.port;
+    }
+    ep->listening = ep->listening || r == 0;
+    loop_leave(ep->loop);
+    return r;
+}
+
+/* Connecting. */
+
+/* A client's own socket, or none where the transport is the user's; its addresses. 0 or an error. */
+static int ep_open_path(struct association *a, const dtls_target *t, const char *text, dtls_error *err)
+{
+    dtls_endpoint *ep = a->ep;
+    const struct udp_user user = {ep_own_input, ep_own_failed, a, &ep->counters, &ep->cfg};
+    if (!ep->cfg.send && !(a->udp = udp_open(ep->loop, &user, &ep->sockets, NULL, &t->peer)))
+        return fail(err, DTLS_ERR_SYSTEM, "%s: %s", text, strerror(errno));
+    assoc_set_addresses(a, &t->peer, a->udp ? &a->udp->local : &t->local);
+    return table_find(ep, &a->peer, &a->local) ? fail(err, DTLS_ERR_STATE, "%s: connected already", text) : 0;
+}
+
+/* What can be refused before anything is made. */
+static int ep_check_target(dtls_endpoint *ep, const dtls_target *t, const char *text, dtls_error *err)
+{
+    if (!ep->cfg.send && ((t->peer.family != 4 && t->peer.family != 6) || t->peer.port == 0))
+        return fail(err, DTLS_ERR_ARG, "%s: no address to connect to", text);
+    if (ep_check_purpose(ep, X509_PURPOSE_SSL_CLIENT, err) < 0)
+        return DTLS_ERR_CERT;
+    if (ep->counters.conns >= (size_t)ep->cfg.max_conns)
+        return fail(err, DTLS_ERR_LIMIT, "%s: %d connections are open already", text, ep->cfg.max_conns);
+    return 0;
+}
+
+/* What the client expects and offers. 0 or an error. */
+static int ep_set_target(dtls_conn *c, const dtls_target *t, const char *text, dtls_error *err)
+{
+    int r = 0;
+    c->user = t->user;
+    if (t->name && !(c->name = name_copy(t->name, &r)))
+        return fail(err, r, "%.100s: not a name to expect in a certificate", t->name);
+    if (t->session && SSL_SESSION_up_ref(t->session) == 1)
+        c->session = t->session;
+    if (!hs_be_client(c->trying, c->trying->ssl))
+        return fail(err, DTLS_ERR_TLS, "%s: OpenSSL does not take the name or the session", text);
+    return 0;
+}
+
+static int ep_start(dtls_conn *c, const dtls_target *t, const char *text, dtls_error *err)
+{
+    if (!hs_new(c->trying))
+        return fail(err, DTLS_ERR_MEMORY, "out of memory");
+    if (ep_open_path(c->trying, t, text, err) < 0 || ep_set_target(c, t, text, err) < 0)
+        return -1;
+    if (conn_list(c) < 0)
+        return fail(err, DTLS_ERR_MEMORY, "out of memory");
+    if (hs_connect(c->trying))
+        return 0;
+    conn_unlist(c, false);
+    const char *reason = ERR_reason_error_string(ERR_peek_last_error());
+    return fail(err, DTLS_ERR_TLS, "%s: OpenSSL: %s", text, reason ? reason : "no reason given");
+}
+
+dtls_conn *dtls_endpoint_connect(dtls_endpoint *ep, const dtls_target *t, dtls_error *err)
+{
+    char text[DTLS_ADDR_TEXT];
+    if (ep->sending || ep->closed) {
+        fail(err, DTLS_ERR_STATE, "not possible now");
+        return NULL;
+    }
+    if (ep_check_target(ep, t, dtls_addr_format(&t->peer, text, sizeof text), err) < 0)
+        return NULL;
+    loop_enter(ep->loop);
+    struct association *a = assoc_new(ep);
+    dtls_conn *c = a ? conn_new(a, false) : NULL;
+    if (!c)
+        fail(err, DTLS_ERR_MEMORY, "out of memory");
+    if (a && (!c || ep_start(c, t, text, err) < 0)) {
+        assoc_end(a, DTLS_CLOSE_ERROR);
+        if (c)
+            loop_bury(ep->loop, &c->object);
+        c = NULL;
+    }
+    errors_clear();
+    loop_leave(ep->loop);
+    return c;
+}
+
+/* The endpoint. */
+
+void dtls_endpoint_each(dtls_endpoint *ep, void (*fn)(dtls_conn *conn, void *user), void *user)
+{
+    loop_enter(ep->loop);
+    for (dtls_conn *c = ep->first; c; c = c->next) /* fn may end any: they stay in memory until we leave */
+        if (c->state == CONN_OPEN)
+            fn(c, user);
+    loop_leave(ep->loop);
+}
+
+void dtls_endpoint_counters(const dtls_endpoint *ep, dtls_counters *counters)
+{
+    *counters = ep->counters;
+}
+
+const char *dtls_drop_name(dtls_drop reason)
+{
+    static const char *const names[DTLS_DROP_COUNT] = {"malformed", "oversize",  "stranger", "hello",
+                                                       "limit",     "epoch",     "short",    "alert",
+                                                       "data",      "handshake", "early",    "send"};
+    return (unsigned)reason < DTLS_DROP_COUNT ? names[reason] : "unknown";
+}
+
+void *dtls_endpoint_user(const dtls_endpoint *ep)
+{
+    return ep->cfg.user;
+}
+
+dtls_loop *dtls_endpoint_loop(const dtls_endpoint *ep)
+{
+    return ep->loop;
+}
+
+static void ep_destroy(struct object *o)
+{
+    dtls_endpoint *ep = (dtls_endpoint *)o;
+    if (ep->spare)
+        assoc_destroy(&ep->spare->object);
+    free(ep->table);
+    BIO_ADDR_free(ep->listen_addr);
+    SSL_CTX_free(ep->ctx);
+    BIO_meth_free(ep->bio_method);
+    OPENSSL_cleanse(ep, sizeof *ep);
+    free(ep);
+}
+
+static void ep_end(struct object *o)
+{
+    dtls_endpoint *ep = (dtls_endpoint *)o;
+    ep->closed = true;
+    ep->listening = false;
+    while (ep->first)
+        conn_end(ep->first, DTLS_CLOSE_LOCAL, "closed here");
+    while (ep->sockets.next != &ep->sockets)
+        udp_free((struct udp *)ep->sockets.next);
+    loop_bury(ep->loop, o); /* behind its connections: they need its SSL_CTX and BIO_METHOD to the end */
+}
+
+void dtls_endpoint_free(dtls_endpoint *ep)
+{
+    if (!ep || ep->closed || ep->sending)
+        return;
+    dtls_loop *l = ep->loop;
+    loop_enter(l);
+    ep_end(&ep->object);
+    loop_leave(l);
 }
 
 static int ep_setup(dtls_endpoint *ep, dtls_error *err)
@@ -3337,13 +3832,18 @@ static int ep_setup(dtls_endpoint *ep, dtls_error *err)
     ep->bio_method = bio_method_new();
     ep->listen_addr = BIO_ADDR_new();
     ep->ctx = SSL_CTX_new(DTLS_method());
-    ep->flight = malloc((size_t)ep->cfg.mtu_bytes);
-    if (!ep->flight || !ep->bio_method || !ep->listen_addr || !ep->ctx)
+    if (!ep->bio_method || !ep->listen_addr || !ep->ctx)
         return fail(err, DTLS_ERR_MEMORY, "out of memory");
     if (RAND_bytes(ep->hash_key, sizeof ep->hash_key) != 1 || RAND_bytes(&ep->secret[0][0], sizeof ep->secret) != 1)
         return fail(err, DTLS_ERR_TLS, "OpenSSL has no random numbers");
     ep->secret_at = loop_now(ep->loop);
-    return ctx_setup(ep->ctx, &ep->cfg, err);
+    if (ctx_defaults(ep->ctx, &ep->cfg, err) < 0)
+        return DTLS_ERR_TLS;
+    SSL_CTX_set_cookie_generate_cb(ep->ctx, cookie_generate);
+    SSL_CTX_set_cookie_verify_cb(ep->ctx, cookie_verify);
+    if (ctx_load(ep->ctx, &ep->cfg, err) < 0)
+        return DTLS_ERR_CERT;
+    return ctx_check(ep->ctx, err);
 }
 
 dtls_endpoint *dtls_endpoint_new(dtls_loop *l, const dtls_config *config, dtls_error *err)
@@ -3367,7 +3867,7 @@ dtls_endpoint *dtls_endpoint_new(dtls_loop *l, const dtls_config *config, dtls_e
     return ep;
 }
 
-/* ==== 9. program ================================================================================================== */
+/* ==== 11. program ================================================================================================= */
 
 #ifdef DTLS_MAIN
 

@@ -298,9 +298,13 @@ REAL(int, eventfd, unsigned count, int flags)
     return due(EVENTFD) ? -1 : opened(__real_eventfd(count, flags));
 }
 
+/* Given one it changes that one. */
 REAL(int, signalfd, int fd, const sigset_t *set, int flags)
 {
-    return due(SIGNALFD) ? -1 : opened(__real_signalfd(fd, set, flags));
+    if (due(SIGNALFD))
+        return -1;
+    int r = __real_signalfd(fd, set, flags);
+    return fd < 0 ? opened(r) : r;
 }
 
 REAL(int, sigprocmask, int how, const sigset_t *set, sigset_t *old)

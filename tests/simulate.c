@@ -7,7 +7,7 @@
  *   simulate -v SEED [LOSS_PERCENT]                one world, with the log of both sides
  *
  * Checked all along: no message is delivered twice, changed, or to the wrong connection; each connection has one end; no
- * timer spins; a handshake fails only if a cut, a side's end or damage was in its way, or so much was lost that its
+ * timer spins; a handshake's states follow each other as its table has it; a handshake fails only if a cut, a side's end or damage was in its way, or so much was lost that its
  * deadline came first. Once the network is good again every client gets through; in the end tables and timers are empty
  * and OpenSSL holds what it held before. */
 #include "virtual.h"
@@ -275,9 +275,11 @@ static void server_event(dtls_conn *conn, dtls_event event, const void *data, si
     }
 }
 
+/* Errors are bugs of the library's own: a handshake's state that may not follow the one before. */
 static void on_log(void *user, dtls_log level, const char *line)
 {
-    (void)level;
+    if (level == DTLS_LOG_ERROR)
+        broken("%s", line);
     if (verbose)
         printf("# %8.3f %s: %s\n", (double)now_us / 1e6, user == &server_id ? "server" : "client", line);
 }
