@@ -20,10 +20,10 @@
  *
  *    1  platform     includes, and what differs between systems but for the event backends
  *    2  base         errors, addresses, a keyed hash
- *    3  loop         objects and when they are freed, timers and deadlines, descriptors, signals, posts, one turn
+ *    3  loop         objects and when they are freed, timers, descriptors, signals, posts, one turn
  *    4  datagrams    UDP sockets: batches in and out, local addresses, the send queue; knows no DTLS
  *    5  wire         records, the guard in front of libssl, flights, the BIO
- *    6  connection   associations and connections: their structs, the table, their end, the log, identities
+ *    6  connection   associations and connections: structs, deadlines, the table, their end, the log, identities
  *    7  traffic      an open connection: its deadlines, reading, sending, what one can ask of it
  *    8  handshake    its states and their transitions, its deadlines, new starts; it ends by opening the connection
  *    9  context      configuration, certificates, versions, ciphers, sessions
@@ -235,7 +235,7 @@ static int fail(dtls_error *err, int code, const char *format, ...)
 }
 
 /* All connections of a thread share OpenSSL's error queue: an entry left there turns the next one's WANT_READ into a
- * fatal error. Looking first is a tenth of an echo cheaper than clearing an empty queue on 3.0. */
+ * fatal error. OpenSSL 3.0 takes long to clear an empty queue, so this looks first. */
 static void errors_clear(void)
 {
     if (ERR_peek_error())
@@ -3156,7 +3156,8 @@ static void hs_take(struct association *a, const struct record *r, bool keyed)
     a->wire.in = NULL;
 }
 
-/* One datagram through the guard. Each record goes alone, since one may change what the next one is held against. */
+/* One datagram through the guard. Each record goes alone, since it may change the state that the next one is checked
+ * against. */
 static void hs_input(struct association *a, const uint8_t *p, size_t n)
 {
     struct record r;

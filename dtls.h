@@ -199,19 +199,20 @@ typedef struct dtls_config {
     int (*on_ssl_ctx)(void *user, struct ssl_ctx_st *ctx);        /* last change to the SSL_CTX; not 0: give up */
     void *user;                                                   /* see dtls_endpoint_user() */
 
-    /* Timers. Retransmission waits grow by half from the first value to the largest (RFC 6347 section 4.2.4). */
+    /* Timers. Each retransmission waits half as long again as the one before it, from the first value to the largest
+     * (RFC 6347 section 4.2.4). */
     int retransmit_ms;        /* 250 */
-    int retransmit_max_ms;    /* 6,000; at most 1,000 until the first ClientHello is answered. After 12 in a */
-                              /* row OpenSSL gives up: a server ends it, a client begins anew */
+    int retransmit_max_ms;    /* 6,000; at most 1,000 until the first ClientHello is answered. OpenSSL gives up */
+                              /* after 12 in a row: then a server ends the handshake, a client begins it anew */
     int handshake_timeout_ms; /* 30,000: gives up on a handshake */
     int idle_ms;              /* silence before DTLS_EV_IDLE; 0 and DTLS_NEVER: no such event */
     int idle_repeat_ms;       /* 5,000: between repeated DTLS_EV_IDLE */
     int idle_timeout_ms;      /* 120,000: silence after which the peer counts as gone; or DTLS_NEVER */
-    int cookie_ms;            /* 60,000: a cookie secret's age when the next one takes over; the last one stays valid */
+    int cookie_ms;            /* 60,000: a cookie secret is used for so long, and stays valid as long again */
 
     /* Sizes and limits. */
     int mtu_bytes;           /* 1,500: the link's MTU with IP and UDP headers, 256 to 65,535; sizes handshake flights */
-    int max_conns;           /* 4,096, those in handshake included; a peer that restarts has two for that long */
+    int max_conns;           /* 4,096, those in handshake included; a restarted peer has two during its handshake */
     int max_handshakes;      /* 512 accepted handshakes in progress; one more ends the oldest */
     int datagrams_per_turn;  /* 64 read from one socket before the others get their turn */
     int send_queue_bytes;    /* 1,048,576 waiting per socket when the system will not take more; macOS and the BSDs */
@@ -302,8 +303,8 @@ typedef enum dtls_reason {
     DTLS_CLOSE_TIMEOUT,  /* the handshake did not finish in time, or gave way to newer ones */
     DTLS_CLOSE_IDLE,     /* nothing authentic came for idle_timeout_ms */
     DTLS_CLOSE_REPLACED, /* the same address completed a new association (RFC 6347 section 4.2.8) */
-    DTLS_CLOSE_REFUSED,  /* the peer refused: its alert, or ICMP says nobody is there. Anybody can send these, so it */
-                         /* takes 3 s in which nothing else comes */
+    DTLS_CLOSE_REFUSED,  /* the peer refused the handshake by an alert, or ICMP says that nobody listens there. */
+                         /* Anybody can forge these, so they are believed if nothing else arrives for 3 s */
     DTLS_CLOSE_VERIFY,   /* we refused the peer's certificate */
     DTLS_CLOSE_ERROR     /* a protocol error, a fatal alert, or no memory */
 } dtls_reason;
@@ -321,11 +322,13 @@ typedef struct dtls_info {
 } dtls_info;
 
 /* Sends one message of 1 to DTLS_MESSAGE_MAX bytes as one record in one datagram (SSL_write); the bytes are copied.
- * Messages may be lost, doubled never, reordered. Returns 0, or _SIZE, _STATE or _AGAIN with the connection unharmed,
- * or _TLS after which DTLS_EV_CLOSED was raised. It leaves at the end of the turn, at once if no turn is under way. */
+ * A message may be lost or overtaken by a later one; it never arrives twice. It leaves at the end of the turn, at once if
+ * no turn is under way. Returns 0; or DTLS_ERR_SIZE, _STATE or _AGAIN with the connection unharmed; or DTLS_ERR_TLS, after
+ * DTLS_EV_CLOSED was raised. */
 int dtls_conn_send(dtls_conn *conn, const void *data, size_t len);
 
-/* The largest message that needs no IP fragmentation (DTLS_get_data_mtu); 0 before the handshake is done. */
+/* The largest message that needs no IP fragmentation, as far as the handshake found out (DTLS_get_data_mtu); 0 before it
+ * is done. */
 size_t dtls_conn_payload_max(const dtls_conn *conn);
 
 /* Sends close_notify once, raises DTLS_EV_CLOSED before it returns, and lets go; never waits. */
