@@ -3881,6 +3881,9 @@ dtls_endpoint *dtls_endpoint_new(dtls_loop *l, const dtls_config *config, dtls_e
 #include <wchar.h>
 #include <wctype.h>
 
+/* From top to bottom: options and modes, the service with its commands and the server, then the client's three machines,
+ * each with a struct of its own (the line editor, lines from a pipe or file, dialling), and the client that ties them. */
+
 enum {
     EXIT_USAGE = 2,
     PATH_BYTES = 1024,
@@ -3926,7 +3929,8 @@ static const char commands_text[] = "commands: ping, echo TEXT, whoami, stats, b
 /* Options. */
 
 struct options {
-    bool server, help, version;
+    const struct mode *mode;
+    bool help, version;
     const char *certs, *cert, *key, *ca, *name;
     int mtu, idle_timeout_ms, keepalive_ms, max_clients;
     dtls_log level;
@@ -4009,8 +4013,32 @@ static int option_parse(struct options *o, int argc, char **argv, int i, dtls_er
     return 1;
 }
 
-/* Leaves the addresses, in order, in argv; 0 or an error. */
-static int options_parse(struct options *o, int argc, char **argv, dtls_error *err)
+/* What the program can be. */
+struct mode {
+    const char *name;
+    const char *role; /* its certificate is DIR/ROLE.pem */
+    int addrs_max;    /* 0: any number */
+    int (*run)(const struct options *o);
+};
+
+/* The mode and its addresses; 0 or an error. */
+static int options_check(struct options *o, const struct mode *modes, const char *name, dtls_error *err)
+{
+    if (!name)
+        return fail(err, DTLS_ERR_ARG, "say 'dtls server ADDR' or 'dtls client ADDR'; see dtls --help");
+    for (o->mode = modes; o->mode->name && strcmp(name, o->mode->name) != 0; o->mode++)
+        ;
+    if (!o->mode->name)
+        return fail(err, DTLS_ERR_ARG, "%.100s: neither 'server' nor 'client'; see dtls --help", name);
+    if (o->addrs_len == 0)
+        return fail(err, DTLS_ERR_ARG, "no address; write one as in 127.0.0.1:1234 or [::1]:1234");
+    if (o->mode->addrs_max && o->addrs_len > o->mode->addrs_max)
+        return fail(err, DTLS_ERR_ARG, "%.100s: a %s takes one address", o->addrs[1], name);
+    return 0;
+}
+
+/* Leaves the addresses, in order, in argv; 0 or an error. Behind the last mode stands one without a name. */
+static int options_parse(struct options *o, const struct mode *modes, int argc, char **argv, dtls_error *err)
 {
     const char *mode = NULL;
     bool only_words = false;
@@ -4028,18 +4056,7 @@ static int options_parse(struct options *o, int argc, char **argv, dtls_error *e
         if (took < 0)
             return took;
     }
-    if (o->help || o->version)
-        return 0;
-    if (!mode)
-        return fail(err, DTLS_ERR_ARG, "say 'dtls server ADDR' or 'dtls client ADDR'; see dtls --help");
-    o->server = strcmp(mode, "server") == 0;
-    if (!o->server && strcmp(mode, "client") != 0)
-        return fail(err, DTLS_ERR_ARG, "%.100s: neither 'server' nor 'client'; see dtls --help", mode);
-    if (o->addrs_len == 0)
-        return fail(err, DTLS_ERR_ARG, "no address; write one as in 127.0.0.1:1234 or [::1]:1234");
-    if (!o->server && o->addrs_len > 1)
-        return fail(err, DTLS_ERR_ARG, "%.100s: a client takes one address", o->addrs[1]);
-    return 0;
+    return o->help || o->version ? 0 : options_check(o, modes, mode, err);
 }
 
 static int complain(int status, const char *text)
@@ -4066,9 +4083,8 @@ struct files {
 
 static void files_choose(struct files *f, const struct options *o, dtls_config *cfg)
 {
-    const char *role = o->server ? "server" : "client";
-    snprintf(f->cert, sizeof f->cert, "%s/%s.pem", o->certs, role);
-    snprintf(f->key, sizeof f->key, "%s/%s.key", o->certs, role);
+    snprintf(f->cert, sizeof f->cert, "%s/%s.pem", o->certs, o->mode->role);
+    snprintf(f->key, sizeof f->key, "%s/%s.key", o->certs, o->mode->role);
     snprintf(f->ca, sizeof f->ca, "%s/ca.pem", o->certs);
     cfg->cert_file = o->cert ? o->cert : f->cert;
     cfg->key_file = o->key ? o->key : f->key;
@@ -4117,43 +4133,7 @@ static void program_counters(const dtls_endpoint *ep)
     fputc('\n', stderr);
 }
 
-/* The service. */
-
-enum command { COMMAND_PING, COMMAND_ECHO, COMMAND_WHOAMI, COMMAND_STATS, COMMAND_BC, COMMAND_OTHER };
-
-/* What a message asks for; text and its length for those that carry one. One newline at the end does not count: line
- * tools such as s_client send it along. */
-static enum command command_parse(const char *data, size_t len, const char **text, size_t *text_len)
-{
-    static const struct {
-        const char *name;
-        enum command command;
-        bool takes_text;
-    } commands[] = {{"ping", COMMAND_PING, false},
-                    {"echo", COMMAND_ECHO, true},
-                    {"whoami", COMMAND_WHOAMI, false},
-                    {"stats", COMMAND_STATS, false},
-                    {"bc", COMMAND_BC, true}};
-    if (len > 0 && data[len - 1] == '\n')
-        len--;
-    if (len > 0 && data[len - 1] == '\r')
-        len--;
-    *text = NULL;
-    *text_len = 0;
-    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
-        size_t n = strlen(commands[i].name);
-        if (len < n || memcmp(data, commands[i].name, n) != 0)
-            continue;
-        if (!commands[i].takes_text && len == n)
-            return commands[i].command;
-        if (commands[i].takes_text && len > n + 1 && data[n] == ' ') {
-            *text = data + n + 1;
-            *text_len = len - n - 1;
-            return commands[i].command;
-        }
-    }
-    return COMMAND_OTHER;
-}
+/* The service: commands, and who is connected. */
 
 struct server {
     dtls_loop *loop;
@@ -4219,32 +4199,78 @@ static void server_stats(struct server *s, dtls_conn *c)
     pager_flush(&pager);
 }
 
-static void server_command(struct server *s, dtls_conn *c, const char *data, size_t len)
+static void server_reply(dtls_conn *c, const char *text, size_t len)
+{
+    struct message m = {text, len};
+    server_send_one(c, &m);
+}
+
+static void command_ping(struct server *s, dtls_conn *c, const struct message *m)
+{
+    (void)s, (void)m;
+    server_reply(c, "pong", 4);
+}
+
+static void command_echo(struct server *s, dtls_conn *c, const struct message *m)
+{
+    (void)s;
+    server_reply(c, m->text, m->len);
+}
+
+static void command_whoami(struct server *s, dtls_conn *c, const struct message *m)
 {
     char addr[DTLS_ADDR_TEXT];
-    struct message m;
     dtls_info info;
-    switch (command_parse(data, len, &m.text, &m.len)) {
-    case COMMAND_PING:
-        m = (struct message){"pong", 4};
-        break;
-    case COMMAND_ECHO:
-        break;
-    case COMMAND_WHOAMI:
-        dtls_conn_info(c, &info);
-        m.text = dtls_addr_format(&info.peer, addr, sizeof addr);
-        m.len = strlen(addr);
-        break;
-    case COMMAND_STATS:
-        server_stats(s, c);
-        return;
-    case COMMAND_BC:
-        dtls_endpoint_each(s->ep, server_send_one, &m);
-        return;
-    default:
-        m = (struct message){commands_text, sizeof commands_text - 1};
+    (void)s, (void)m;
+    dtls_conn_info(c, &info);
+    dtls_addr_format(&info.peer, addr, sizeof addr);
+    server_reply(c, addr, strlen(addr));
+}
+
+static void command_stats(struct server *s, dtls_conn *c, const struct message *m)
+{
+    (void)m;
+    server_stats(s, c);
+}
+
+static void command_bc(struct server *s, dtls_conn *c, const struct message *m)
+{
+    struct message copy = *m;
+    (void)c;
+    dtls_endpoint_each(s->ep, server_send_one, &copy);
+}
+
+static const struct command {
+    const char *name;
+    bool takes_text;
+    void (*run)(struct server *s, dtls_conn *c, const struct message *text);
+} commands[] = {{"ping", false, command_ping},
+                {"echo", true, command_echo},
+                {"whoami", false, command_whoami},
+                {"stats", false, command_stats},
+                {"bc", true, command_bc}};
+
+/* The command that a message is, and its text, if it takes one; NULL: none. One newline at the end does not count: line
+ * tools such as s_client send it along. */
+static const struct command *command_parse(const char *data, size_t len, struct message *text)
+{
+    if (len > 0 && data[len - 1] == '\n')
+        len--;
+    if (len > 0 && data[len - 1] == '\r')
+        len--;
+    *text = (struct message){0};
+    for (const struct command *c = commands; c < commands + sizeof commands / sizeof *commands; c++) {
+        size_t n = strlen(c->name);
+        if (len < n || memcmp(data, c->name, n) != 0)
+            continue;
+        if (!c->takes_text && len == n)
+            return c;
+        if (c->takes_text && len > n + 1 && data[n] == ' ') {
+            *text = (struct message){data + n + 1, len - n - 1};
+            return c;
+        }
     }
-    server_send_one(c, &m);
+    return NULL;
 }
 
 static void server_event(dtls_conn *c, dtls_event event, const void *data, size_t len)
@@ -4257,7 +4283,12 @@ static void server_event(dtls_conn *c, dtls_event event, const void *data, size_
         dtls_addr_format(&info.peer, hello + 7, sizeof hello - 7);
         dtls_conn_send(c, hello, strlen(hello));
     } else if (event == DTLS_EV_MESSAGE) {
-        server_command(s, c, data, len);
+        struct message text;
+        const struct command *command = command_parse(data, len, &text);
+        if (command)
+            command->run(s, c, &text);
+        else
+            server_reply(c, commands_text, sizeof commands_text - 1);
     }
 }
 
@@ -4621,27 +4652,11 @@ static void editor_close(struct editor *e)
     tcsetattr(STDIN_FILENO, TCSADRAIN, &e->saved);
 }
 
-/* The client. */
+/* Lines from standard input that is no terminal: one at a time, no faster than the answers come. */
 
-struct client {
-    const struct options *options;
-    dtls_loop *loop;
-    dtls_endpoint *ep;
-    const char *name;
-    char host[256];
-    dtls_addr addrs[CLIENT_ADDRS];
-    int addrs_len, addrs_tried;
-    dtls_conn *tries[CLIENT_ADDRS]; /* connections under way */
-    int tries_len;
-    dtls_conn *conn; /* the one that made it */
-    SSL_SESSION *session;
-    dtls_timer *next, *input_timer; /* the next address or round; pace and linger of the input */
-    int backoff_ms, probes, status;
-    bool was_connected, greeted, finished, why_final;
-    char why[REASON_BYTES];
-
-    struct editor *editor; /* NULL: lines from standard input */
-    dtls_watch *input;     /* NULL: a file, which is always readable */
+struct lines {
+    dtls_watch *input; /* NULL: a file, which is always readable */
+    dtls_timer *timer; /* pace and linger */
     char in[INPUT_BYTES];
     size_t in_at, in_len;
     char line[DTLS_MESSAGE_MAX];
@@ -4650,7 +4665,332 @@ struct client {
     int linger_ms;         /* after all was sent; 0: it was not */
     int linger_least_ms;   /* a round trip: what came meanwhile may have been no answer */
     unsigned window, owed; /* lines not answered: since the last pause, and in all */
-    bool line_ready, input_ended;
+    bool connected, line_ready, input_ended;
+    int (*send)(void *user, const char *line, size_t len);
+    void (*report)(void *user, dtls_log level, const char *text); /* an error makes the program's exit status 1 */
+    void (*end)(void *user);
+    void *user;
+};
+
+static void lines_later(struct lines *in)
+{
+    bool all_sent = in->input_ended && !in->line_ready && in->in_at == in->in_len;
+    int linger_ms = in->owed ? LINGER_OWED_MS : in->linger_least_ms;
+    if (!all_sent) {
+        dtls_timer_set(in->timer, PACE_MS);
+    } else if (in->line_number == 0) {
+        in->end(in->user);
+    } else if (!in->linger_ms || linger_ms < in->linger_ms) { /* what others broadcast must not keep us */
+        in->linger_ms = linger_ms;
+        dtls_timer_set(in->timer, linger_ms);
+    }
+}
+
+/* False: it has to wait. */
+static bool lines_send(struct lines *in)
+{
+    char text[96];
+    if (in->line_len > DTLS_MESSAGE_MAX) {
+        snprintf(text, sizeof text, "dtls: line %lu is %zu bytes, more than %d: not sent", in->line_number,
+                 in->line_len, DTLS_MESSAGE_MAX);
+        in->report(in->user, DTLS_LOG_ERROR, text);
+    } else if (in->line_len > 0) {
+        if (in->window >= WINDOW_LINES || in->send(in->user, in->line, in->line_len) == DTLS_ERR_AGAIN)
+            return false;
+        in->window++;
+        in->owed++;
+    }
+    in->line_ready = false;
+    in->line_len = 0;
+    return true;
+}
+
+/* Takes bytes up to the end of a line, or of the input. */
+static void lines_take(struct lines *in)
+{
+    const char *start = in->in + in->in_at;
+    size_t left = in->in_len - in->in_at;
+    const char *end = memchr(start, '\n', left);
+    size_t n = end ? (size_t)(end - start) : left;
+    if (in->line_len < DTLS_MESSAGE_MAX) {
+        size_t room = DTLS_MESSAGE_MAX - in->line_len;
+        memcpy(in->line + in->line_len, start, n < room ? n : room);
+    }
+    in->line_len += n;
+    in->in_at += n + (end != NULL);
+    in->line_ready = end != NULL;
+    in->line_number += in->line_ready;
+}
+
+/* Sends all that was read. True: a line has to wait. */
+static bool lines_send_all(struct lines *in)
+{
+    for (;;) {
+        if (in->line_ready && !lines_send(in))
+            return true;
+        if (!in->connected || in->in_at == in->in_len)
+            break;
+        lines_take(in);
+    }
+    if (!in->connected || !in->input_ended || in->line_len == 0)
+        return false;
+    in->line_ready = true; /* the last line had no newline */
+    in->line_number++;
+    return !lines_send(in);
+}
+
+static void lines_pump(struct lines *in)
+{
+    if (!in->connected)
+        return;
+    bool waits = lines_send_all(in);
+    if (!in->connected)
+        return;
+    if (in->input)
+        dtls_watch_set(in->input, waits || in->input_ended ? 0 : DTLS_READ);
+    if (waits || in->input_ended)
+        lines_later(in);
+    else if (!in->input)
+        dtls_timer_set(in->timer, 0);
+}
+
+static void lines_read(struct lines *in)
+{
+    ssize_t n = read(STDIN_FILENO, in->in, sizeof in->in);
+    if (n < 0 && (errno == EINTR || errno == EAGAIN))
+        return;
+    if (n < 0)
+        in->report(in->user, DTLS_LOG_ERROR, "dtls: standard input cannot be read");
+    in->input_ended = n <= 0;
+    in->in_at = 0;
+    in->in_len = n > 0 ? (size_t)n : 0;
+    lines_pump(in);
+}
+
+static void lines_readable(void *user, int fd, unsigned events)
+{
+    (void)fd, (void)events;
+    lines_read(user);
+}
+
+/* Some of what cannot be watched may block all the same: on macOS a named pipe, /dev/tty. */
+static bool lines_input_ready(void)
+{
+    struct timeval none = {0};
+    fd_set set;
+    FD_ZERO(&set);
+    FD_SET(STDIN_FILENO, &set);
+    return select(STDIN_FILENO + 1, &set, NULL, NULL, &none) != 0; /* an error is read()'s to tell */
+}
+
+static void lines_timer(void *user)
+{
+    struct lines *in = user;
+    char text[64];
+    bool waiting = in->line_ready || in->in_at < in->in_len;
+    if (!in->connected)
+        return;
+    if (waiting) {
+        in->window = 0; /* a server that does not answer each line holds nothing up */
+        lines_pump(in);
+    } else if (in->input_ended) {
+        if (in->owed) {
+            snprintf(text, sizeof text, "dtls: %u of %lu lines had no answer", in->owed, in->line_number);
+            in->report(in->user, DTLS_LOG_WARNING, text);
+        }
+        in->end(in->user);
+    } else if (lines_input_ready()) {
+        lines_read(in);
+    } else {
+        dtls_timer_set(in->timer, LOOK_MS);
+    }
+}
+
+/* Watched unless the system refuses, as it does files and /dev/null. False: no memory. */
+static bool lines_open(struct lines *in, dtls_loop *l)
+{
+    in->timer = dtls_timer_new(l, lines_timer, in);
+    in->input = dtls_watch_new(l, STDIN_FILENO, 0, lines_readable, in);
+    if (in->input && (dtls_watch_set(in->input, DTLS_READ) != 0 || dtls_watch_set(in->input, 0) != 0)) {
+        dtls_watch_free(in->input);
+        in->input = NULL;
+    }
+    return in->timer != NULL;
+}
+
+static void lines_connected(struct lines *in, int64_t handshake_ms)
+{
+    in->connected = true; /* a handshake takes at least two round trips */
+    in->linger_least_ms = handshake_ms < LINGER_MS        ? LINGER_MS
+                          : handshake_ms < LINGER_OWED_MS ? (int)handshake_ms
+                                                          : LINGER_OWED_MS;
+    if (in->input)
+        dtls_watch_set(in->input, DTLS_READ);
+    lines_pump(in);
+}
+
+/* A message came: an answer, for all that one can know. */
+static void lines_answered(struct lines *in)
+{
+    in->window -= in->window > 0;
+    in->owed -= in->owed > 0;
+    lines_pump(in);
+}
+
+/* Dialling: every address that the host has, the next one when the last failed or is slow; the first to answer wins.
+ * After a round in vain, and when the connection was lost, the owner says whether another round follows. */
+
+struct dial {
+    dtls_endpoint *ep;
+    dtls_timer *next; /* the next address, or the next round */
+    const char *name; /* expected in the certificate; NULL: the address */
+    char host[256];
+    dtls_addr addrs[CLIENT_ADDRS];
+    int addrs_len, addrs_tried;
+    dtls_conn *tries[CLIENT_ADDRS]; /* connections under way */
+    int tries_len;
+    dtls_conn *conn; /* the one that made it */
+    SSL_SESSION *session;
+    int backoff_ms;
+    bool why_final;
+    char why[REASON_BYTES];                    /* the last round failed */
+    bool (*again)(void *user, int backoff_ms); /* after that time */
+    void *user;
+};
+
+/* A host name and a port: every address the system knows for it. 0 or an exit status. */
+static int dial_resolve(struct dial *d, const char *text, dtls_error *err)
+{
+    if (option_addr(text, &d->addrs[0], err)) {
+        d->addrs_len = 1;
+        return 0;
+    }
+    const char *colon = strrchr(text, ':');
+    size_t n = colon ? (size_t)(colon - text) : 0;
+    uint32_t port = 0;
+    bool name =
+        n > 0 && n < sizeof d->host && strchr(text, ':') == colon && text[0] != '[' && strspn(text, "0123456789.") != n;
+    if (!name)
+        return EXIT_USAGE;
+    if (addr_parse_number(colon + 1, UINT16_MAX, &port) < 0 || port == 0) {
+        fail(err, DTLS_ERR_ADDR, "%s: the port must be a number from 1 to 65535", text);
+        return EXIT_USAGE;
+    }
+    memcpy(d->host, text, n);
+    struct addrinfo hints = {.ai_socktype = SOCK_DGRAM}, *list = NULL;
+    int r = getaddrinfo(d->host, colon + 1, &hints, &list);
+    if (r != 0) {
+        fail(err, DTLS_ERR_ADDR, "%s: %s", d->host, gai_strerror(r));
+        return 1;
+    }
+    for (struct addrinfo *ai = list; ai && d->addrs_len < CLIENT_ADDRS; ai = ai->ai_next)
+        if (dtls_addr_from_sockaddr(&d->addrs[d->addrs_len], ai->ai_addr, ai->ai_addrlen) == 0)
+            d->addrs_len++;
+    freeaddrinfo(list);
+    d->name = d->host;
+    return 0;
+}
+
+static void dial_try_next(struct dial *d)
+{
+    dtls_error err;
+    while (d->addrs_tried < d->addrs_len) {
+        dtls_target t = {.peer = d->addrs[d->addrs_tried++], .name = d->name, .session = d->session};
+        dtls_conn *c = dtls_endpoint_connect(d->ep, &t, &err);
+        if (c) {
+            d->tries[d->tries_len++] = c;
+            if (d->addrs_tried < d->addrs_len)
+                dtls_timer_set(d->next, STAGGER_MS);
+            return;
+        }
+        const char *reason = strstr(err.text, ": "); /* behind the address, which is told anyway */
+        snprintf(d->why, sizeof d->why, "%.150s", reason ? reason + 2 : err.text);
+    }
+}
+
+/* Nobody answered, or the server is gone. */
+static void dial_failed(struct dial *d)
+{
+    if (!d->again(d->user, d->backoff_ms))
+        return;
+    dtls_timer_set(d->next, d->backoff_ms);
+    d->backoff_ms = d->backoff_ms < BACKOFF_MAX_MS / 2 ? d->backoff_ms * 2 : BACKOFF_MAX_MS;
+}
+
+static void dial_go_on(struct dial *d)
+{
+    dial_try_next(d);
+    if (d->tries_len == 0)
+        dial_failed(d);
+}
+
+static void dial_round(struct dial *d)
+{
+    d->addrs_tried = 0;
+    d->why_final = false;
+    dial_go_on(d);
+}
+
+static void dial_timer(void *user)
+{
+    struct dial *d = user;
+    if (d->conn)
+        return;
+    if (d->addrs_tried < d->addrs_len)
+        dial_go_on(d);
+    else if (d->tries_len == 0)
+        dial_round(d);
+}
+
+static void dial_forget(struct dial *d, const dtls_conn *c)
+{
+    for (int i = 0; i < d->tries_len; i++)
+        if (d->tries[i] == c)
+            d->tries[i] = d->tries[--d->tries_len];
+}
+
+static void dial_connected(struct dial *d, dtls_conn *c)
+{
+    dial_forget(d, c);
+    d->conn = c;
+    while (d->tries_len > 0) /* the other addresses were slower */
+        dtls_conn_close(d->tries[0]);
+    d->backoff_ms = BACKOFF_FIRST_MS;
+    SSL_SESSION_free(d->session);
+    d->session = dtls_conn_session(c);
+}
+
+static void dial_closed(struct dial *d, dtls_conn *c)
+{
+    dtls_reason reason = dtls_conn_reason(c);
+    if (!d->why_final) /* of several addresses' reasons, that of a server that answered */
+        snprintf(d->why, sizeof d->why, "%s", dtls_conn_reason_text(c));
+    d->why_final = d->why_final || reason == DTLS_CLOSE_VERIFY;
+    if (reason == DTLS_CLOSE_ERROR) {
+        SSL_SESSION_free(d->session); /* it may be what went wrong */
+        d->session = NULL;
+    }
+    if (d->conn == c) {
+        d->conn = NULL;
+        dial_failed(d);
+        return;
+    }
+    dial_forget(d, c);
+    if (!d->conn)
+        dial_go_on(d);
+}
+
+/* The client: what it has from the terminal or from standard input goes to the server that was dialled, and back. */
+
+struct client {
+    const struct options *options;
+    dtls_loop *loop;
+    dtls_endpoint *ep;
+    struct dial dial;
+    struct lines lines;
+    struct editor *editor; /* NULL: lines from standard input */
+    int probes, status;
+    bool was_connected, greeted, finished;
 };
 
 static bool is_text(const char *data, size_t len, const char *text)
@@ -4673,6 +5013,14 @@ static void client_log(void *user, dtls_log level, const char *line)
         client_say(cl, line);
 }
 
+static void client_report(void *user, dtls_log level, const char *text)
+{
+    struct client *cl = user;
+    client_log(cl, level, text);
+    if (level == DTLS_LOG_ERROR)
+        cl->status = 1;
+}
+
 static void client_finish(struct client *cl, int status)
 {
     if (cl->finished)
@@ -4693,257 +5041,55 @@ static void client_end_of_input(void *user)
     client_finish(user, 0);
 }
 
-/* Standard input that is no terminal: one line at a time, no faster than the answers come. */
-
-static void client_input_later(struct client *cl)
+static int client_send(void *user, const char *line, size_t len)
 {
-    bool all_sent = cl->input_ended && !cl->line_ready && cl->in_at == cl->in_len;
-    int linger_ms = cl->owed ? LINGER_OWED_MS : cl->linger_least_ms;
-    if (!all_sent) {
-        dtls_timer_set(cl->input_timer, PACE_MS);
-    } else if (cl->line_number == 0) {
-        client_finish(cl, 0);
-    } else if (!cl->linger_ms || linger_ms < cl->linger_ms) { /* what others broadcast must not keep us */
-        cl->linger_ms = linger_ms;
-        dtls_timer_set(cl->input_timer, linger_ms);
-    }
+    struct client *cl = user;
+    int r = cl->dial.conn ? dtls_conn_send(cl->dial.conn, line, len) : DTLS_ERR_STATE;
+    if (r != DTLS_ERR_AGAIN && is_text(line, len, "ping"))
+        cl->probes = 0; /* from now on a pong may be the user's */
+    return r;
 }
 
-static void client_line_sent(struct client *cl)
-{
-    cl->line_ready = false;
-    cl->line_len = 0;
-}
-
-/* False: it has to wait. */
-static bool client_send_line(struct client *cl)
-{
-    char text[96];
-    if (cl->line_len > DTLS_MESSAGE_MAX) {
-        snprintf(text, sizeof text, "dtls: line %lu is %zu bytes, more than %d: not sent", cl->line_number,
-                 cl->line_len, DTLS_MESSAGE_MAX);
-        client_say(cl, text);
-        cl->status = 1;
-    } else if (cl->line_len > 0) {
-        if (cl->window >= WINDOW_LINES || dtls_conn_send(cl->conn, cl->line, cl->line_len) == DTLS_ERR_AGAIN)
-            return false;
-        cl->window++;
-        cl->owed++;
-        if (is_text(cl->line, cl->line_len, "ping"))
-            cl->probes = 0; /* from now on a pong may be the user's */
-    }
-    client_line_sent(cl);
-    return true;
-}
-
-/* Takes bytes up to the end of a line, or of the input. */
-static void client_take_line(struct client *cl)
-{
-    const char *start = cl->in + cl->in_at;
-    size_t left = cl->in_len - cl->in_at;
-    const char *end = memchr(start, '\n', left);
-    size_t n = end ? (size_t)(end - start) : left;
-    if (cl->line_len < DTLS_MESSAGE_MAX) {
-        size_t room = DTLS_MESSAGE_MAX - cl->line_len;
-        memcpy(cl->line + cl->line_len, start, n < room ? n : room);
-    }
-    cl->line_len += n;
-    cl->in_at += n + (end != NULL);
-    cl->line_ready = end != NULL;
-    cl->line_number += cl->line_ready;
-}
-
-static void client_pump(struct client *cl)
-{
-    if (!cl->conn || cl->editor)
-        return;
-    bool waits = false;
-    for (;;) {
-        if (cl->line_ready && !client_send_line(cl)) {
-            waits = true;
-            break;
-        }
-        if (!cl->conn || cl->in_at == cl->in_len)
-            break;
-        client_take_line(cl);
-    }
-    if (!cl->conn)
-        return;
-    if (!waits && cl->input_ended && cl->line_len > 0) { /* the last line had no newline */
-        cl->line_ready = true;
-        cl->line_number++;
-        waits = !client_send_line(cl);
-    }
-    if (cl->input)
-        dtls_watch_set(cl->input, waits || cl->input_ended ? 0 : DTLS_READ);
-    if (waits || cl->input_ended)
-        client_input_later(cl);
-    else if (!cl->input)
-        dtls_timer_set(cl->input_timer, 0);
-}
-
-static void client_read(struct client *cl)
-{
-    ssize_t n = read(STDIN_FILENO, cl->in, sizeof cl->in);
-    if (n < 0 && (errno == EINTR || errno == EAGAIN))
-        return;
-    if (n < 0) {
-        client_say(cl, "dtls: standard input cannot be read");
-        cl->status = 1;
-    }
-    cl->input_ended = n <= 0;
-    cl->in_at = 0;
-    cl->in_len = n > 0 ? (size_t)n : 0;
-    client_pump(cl);
-}
-
-static void client_readable(void *user, int fd, unsigned events)
-{
-    (void)fd, (void)events;
-    client_read(user);
-}
-
-/* Some of what cannot be watched may block all the same: on macOS a named pipe, /dev/tty. */
-static bool client_input_ready(void)
-{
-    struct timeval none = {0};
-    fd_set set;
-    FD_ZERO(&set);
-    FD_SET(STDIN_FILENO, &set);
-    return select(STDIN_FILENO + 1, &set, NULL, NULL, &none) != 0; /* an error is read()'s to tell */
-}
-
-static void client_input_timer(void *user)
+static void client_edited(void *user, const char *line, size_t len)
 {
     struct client *cl = user;
     char text[64];
-    bool waiting = cl->line_ready || cl->in_at < cl->in_len;
-    if (!cl->conn)
-        return;
-    if (waiting) {
-        cl->window = 0; /* a server that does not answer each line holds nothing up */
-        client_pump(cl);
-    } else if (cl->input_ended) {
-        if (cl->owed) {
-            snprintf(text, sizeof text, "dtls: %u of %lu lines had no answer", cl->owed, cl->line_number);
-            client_log(cl, DTLS_LOG_WARNING, text);
-        }
-        client_finish(cl, 0);
-    } else if (client_input_ready()) {
-        client_read(cl);
-    } else {
-        dtls_timer_set(cl->input_timer, LOOK_MS);
-    }
+    int r = client_send(cl, line, len);
+    snprintf(text, sizeof text, "%zu bytes, more than %d: not sent", len, DTLS_MESSAGE_MAX);
+    if (r == DTLS_ERR_STATE)
+        client_say(cl, "not connected: not sent");
+    else if (r == DTLS_ERR_SIZE)
+        client_say(cl, text);
+    else if (r != 0)
+        client_say(cl, dtls_strerror(r));
 }
 
-/* Connecting: every resolved address, the next one when the last failed or is slow; the first to answer wins. */
-
-static void client_try_next(struct client *cl)
-{
-    dtls_error err;
-    while (cl->addrs_tried < cl->addrs_len) {
-        dtls_target t = {.peer = cl->addrs[cl->addrs_tried++], .name = cl->name, .session = cl->session};
-        dtls_conn *c = dtls_endpoint_connect(cl->ep, &t, &err);
-        if (c) {
-            cl->tries[cl->tries_len++] = c;
-            if (cl->addrs_tried < cl->addrs_len)
-                dtls_timer_set(cl->next, STAGGER_MS);
-            return;
-        }
-        const char *reason = strstr(err.text, ": "); /* behind the address, which is told anyway */
-        snprintf(cl->why, sizeof cl->why, "%.150s", reason ? reason + 2 : err.text);
-    }
-}
-
-static void client_round(struct client *cl)
-{
-    cl->addrs_tried = 0;
-    cl->why_final = false;
-    client_try_next(cl);
-}
-
-/* Nobody answered, or the server is gone. */
-static void client_failed(struct client *cl)
-{
-    char text[96];
-    if (cl->finished)
-        return;
-    if (!cl->editor) {
-        fprintf(stderr, "dtls: %s: %s: %s\n", cl->options->addrs[0],
-                cl->was_connected ? "connection lost" : "could not connect", cl->why);
-        client_finish(cl, 1);
-        return;
-    }
-    snprintf(text, sizeof text, "reconnecting in %.1f s", cl->backoff_ms / 1000.0);
-    client_log(cl, DTLS_LOG_INFO, text);
-    dtls_timer_set(cl->next, cl->backoff_ms);
-    cl->backoff_ms = cl->backoff_ms < BACKOFF_MAX_MS / 2 ? cl->backoff_ms * 2 : BACKOFF_MAX_MS;
-}
-
-static void client_next_timer(void *user)
+/* On a terminal it dials until its user leaves; otherwise a lost connection is the end. */
+static bool client_again(void *user, int backoff_ms)
 {
     struct client *cl = user;
-    if (cl->conn)
-        return;
-    if (cl->addrs_tried < cl->addrs_len)
-        client_try_next(cl);
-    else if (cl->tries_len == 0)
-        client_round(cl);
-    if (!cl->conn && cl->tries_len == 0)
-        client_failed(cl);
-}
-
-static void client_forget_try(struct client *cl, const dtls_conn *c)
-{
-    for (int i = 0; i < cl->tries_len; i++)
-        if (cl->tries[i] == c)
-            cl->tries[i] = cl->tries[--cl->tries_len];
+    char text[96];
+    if (cl->editor) {
+        snprintf(text, sizeof text, "reconnecting in %.1f s", backoff_ms / 1000.0);
+        client_log(cl, DTLS_LOG_INFO, text);
+        return true;
+    }
+    fprintf(stderr, "dtls: %s: %s: %s\n", cl->options->addrs[0],
+            cl->was_connected ? "connection lost" : "could not connect", cl->dial.why);
+    client_finish(cl, 1);
+    return false;
 }
 
 static void client_connected(struct client *cl, dtls_conn *c)
 {
     dtls_info info;
-    client_forget_try(cl, c);
-    cl->conn = c;
-    while (cl->tries_len > 0) /* the other addresses were slower */
-        dtls_conn_close(cl->tries[0]);
-    cl->backoff_ms = BACKOFF_FIRST_MS;
+    dial_connected(&cl->dial, c);
     cl->probes = 0;
     cl->greeted = false;
     cl->was_connected = true;
-    SSL_SESSION_free(cl->session);
-    cl->session = dtls_conn_session(c);
-    dtls_conn_info(c, &info); /* a handshake takes at least two round trips */
-    cl->linger_least_ms = info.age_ms < LINGER_MS        ? LINGER_MS
-                          : info.age_ms < LINGER_OWED_MS ? (int)info.age_ms
-                                                         : LINGER_OWED_MS;
-    if (cl->editor)
-        return;
-    if (cl->input)
-        dtls_watch_set(cl->input, DTLS_READ);
-    client_pump(cl);
-}
-
-static void client_closed(struct client *cl, dtls_conn *c)
-{
-    if (!cl->why_final) /* of several addresses' reasons, that of a server that answered */
-        snprintf(cl->why, sizeof cl->why, "%s", dtls_conn_reason_text(c));
-    cl->why_final = cl->why_final || dtls_conn_reason(c) == DTLS_CLOSE_VERIFY;
-    if (dtls_conn_reason(c) == DTLS_CLOSE_ERROR) {
-        SSL_SESSION_free(cl->session); /* it may be what went wrong */
-        cl->session = NULL;
-    }
-    if (cl->conn == c) {
-        cl->conn = NULL;
-        client_failed(cl);
-        return;
-    }
-    client_forget_try(cl, c);
-    if (cl->conn || cl->finished)
-        return;
-    client_try_next(cl);
-    if (cl->tries_len == 0)
-        client_failed(cl);
+    dtls_conn_info(c, &info);
+    if (!cl->editor)
+        lines_connected(&cl->lines, info.age_ms);
 }
 
 /* "hello, ADDR". A zone in it is the server's name of an interface, which means nothing here. */
@@ -4962,8 +5108,6 @@ static bool is_greeting(const char *data, size_t len)
 
 static void client_message(struct client *cl, const char *data, size_t len)
 {
-    if (cl->finished)
-        return;
     if (cl->probes > 0 && is_text(data, len, "pong")) {
         cl->probes--;
         return;
@@ -4981,108 +5125,62 @@ static void client_message(struct client *cl, const char *data, size_t len)
         client_finish(cl, 1);
         return;
     }
-    cl->window -= cl->window > 0;
-    cl->owed -= cl->owed > 0;
-    client_pump(cl);
+    lines_answered(&cl->lines);
 }
 
 static void client_event(dtls_conn *c, dtls_event event, const void *data, size_t len)
 {
     struct client *cl = dtls_endpoint_user(dtls_conn_endpoint(c));
+    if (cl->finished)
+        return;
     switch (event) {
     case DTLS_EV_CONNECTED:
         client_connected(cl, c);
         break;
     case DTLS_EV_MESSAGE:
-        if (c == cl->conn)
+        if (c == cl->dial.conn)
             client_message(cl, data, len);
         break;
     case DTLS_EV_IDLE:
         cl->probes += dtls_conn_send(c, "ping", 4) == 0;
         break;
     case DTLS_EV_CLOSED:
-        client_closed(cl, c);
+        cl->lines.connected = cl->lines.connected && c != cl->dial.conn;
+        dial_closed(&cl->dial, c);
         break;
     }
 }
 
-static void client_edited(void *user, const char *line, size_t len)
+static int client_open_editor(struct client *cl)
 {
-    struct client *cl = user;
-    char text[64];
-    snprintf(text, sizeof text, "%zu bytes, more than %d: not sent", len, DTLS_MESSAGE_MAX);
-    int r = cl->conn ? dtls_conn_send(cl->conn, line, len) : DTLS_ERR_STATE;
-    if (is_text(line, len, "ping"))
-        cl->probes = 0;
-    if (r == DTLS_ERR_STATE)
-        client_say(cl, "not connected: not sent");
-    else if (r == DTLS_ERR_SIZE)
-        client_say(cl, text);
-    else if (r != 0)
-        client_say(cl, dtls_strerror(r));
-}
-
-/* A host name and a port: every address the system knows for it. */
-static int client_resolve(struct client *cl, const char *text, dtls_error *err)
-{
-    if (option_addr(text, &cl->addrs[0], err)) {
-        cl->addrs_len = 1;
-        return 0;
+    struct editor *e = calloc(1, sizeof *e);
+    if (!e || !editor_open(e)) {
+        free(e);
+        return complain(1, "the terminal cannot be used");
     }
-    const char *colon = strrchr(text, ':');
-    size_t n = colon ? (size_t)(colon - text) : 0;
-    uint32_t port = 0;
-    bool name = n > 0 && n < sizeof cl->host && strchr(text, ':') == colon && text[0] != '[' &&
-                strspn(text, "0123456789.") != n;
-    if (!name)
-        return EXIT_USAGE;
-    if (addr_parse_number(colon + 1, UINT16_MAX, &port) < 0 || port == 0) {
-        fail(err, DTLS_ERR_ADDR, "%s: the port must be a number from 1 to 65535", text);
-        return EXIT_USAGE;
-    }
-    memcpy(cl->host, text, n);
-    cl->name = cl->host;
-    struct addrinfo hints = {.ai_socktype = SOCK_DGRAM}, *list = NULL;
-    int r = getaddrinfo(cl->host, colon + 1, &hints, &list);
-    if (r != 0) {
-        fail(err, DTLS_ERR_ADDR, "%s: %s", cl->host, gai_strerror(r));
-        return 1;
-    }
-    for (struct addrinfo *ai = list; ai && cl->addrs_len < CLIENT_ADDRS; ai = ai->ai_next)
-        if (dtls_addr_from_sockaddr(&cl->addrs[cl->addrs_len], ai->ai_addr, ai->ai_addrlen) == 0)
-            cl->addrs_len++;
-    freeaddrinfo(list);
+    cl->editor = e;
+    e->line = client_edited;
+    e->end = client_end_of_input;
+    e->user = cl;
+    /* macOS does not watch /dev/tty, if that is our input; the output is the same terminal. */
+    if ((!dtls_watch_new(cl->loop, STDIN_FILENO, DTLS_READ, editor_readable, e) &&
+         !dtls_watch_new(cl->loop, STDOUT_FILENO, DTLS_READ, editor_readable, e)) ||
+        dtls_loop_signal(cl->loop, SIGWINCH, editor_resize, e) != 0 ||
+        dtls_loop_signal(cl->loop, SIGTSTP, editor_suspend, e) != 0)
+        return complain(1, "the terminal cannot be watched");
     return 0;
 }
 
-/* On a terminal the editor; otherwise plain lines, watched unless the system refuses, as it does files and /dev/null. */
 static int client_open_input(struct client *cl)
 {
     const char *term = getenv("TERM");
-    if (isatty(STDIN_FILENO) && isatty(STDOUT_FILENO) && term && *term && strcmp(term, "dumb") != 0) {
-        cl->editor = calloc(1, sizeof *cl->editor);
-        if (!cl->editor || !editor_open(cl->editor)) {
-            free(cl->editor);
-            cl->editor = NULL;
-            return complain(1, "the terminal cannot be used");
-        }
-        cl->editor->line = client_edited;
-        cl->editor->end = client_end_of_input;
-        cl->editor->user = cl;
-        /* macOS does not watch /dev/tty, if that is our input; the output is the same terminal. */
-        if ((!dtls_watch_new(cl->loop, STDIN_FILENO, DTLS_READ, editor_readable, cl->editor) &&
-             !dtls_watch_new(cl->loop, STDOUT_FILENO, DTLS_READ, editor_readable, cl->editor)) ||
-            dtls_loop_signal(cl->loop, SIGWINCH, editor_resize, cl->editor) != 0 ||
-            dtls_loop_signal(cl->loop, SIGTSTP, editor_suspend, cl->editor) != 0)
-            return complain(1, "the terminal cannot be watched");
-        return 0;
-    }
-    cl->input = dtls_watch_new(cl->loop, STDIN_FILENO, 0, client_readable, cl);
-    if (cl->input && dtls_watch_set(cl->input, DTLS_READ) == 0 && dtls_watch_set(cl->input, 0) == 0)
-        return 0;
-    dtls_watch_free(cl->input);
-    cl->input = NULL;
-    return 0;
+    if (isatty(STDIN_FILENO) && isatty(STDOUT_FILENO) && term && *term && strcmp(term, "dumb") != 0)
+        return client_open_editor(cl);
+    cl->lines.send = client_send;
+    cl->lines.report = client_report;
+    cl->lines.end = client_end_of_input;
+    cl->lines.user = cl;
+    return lines_open(&cl->lines, cl->loop) ? 0 : complain(1, strerror(errno));
 }
 
 static int client_run(struct client *cl)
@@ -5093,21 +5191,16 @@ static int client_run(struct client *cl)
     cfg.idle_ms = o->keepalive_ms;
     cfg.idle_repeat_ms = probe_ms > 0 ? probe_ms : PROBE_MS;
     cfg.idle_timeout_ms = o->keepalive_ms == DTLS_NEVER ? DTLS_NEVER : o->keepalive_ms + PROBES * probe_ms;
-    cl->next = dtls_timer_new(cl->loop, client_next_timer, cl);
-    cl->input_timer = dtls_timer_new(cl->loop, client_input_timer, cl);
-    if (!cl->next || !cl->input_timer)
-        return complain(1, strerror(errno));
     cl->ep = program_endpoint(cl->loop, o, &cfg);
     if (!cl->ep)
         return 1;
-    if (!program_signals(cl->loop, client_signal, cl))
+    cl->dial.ep = cl->ep;
+    cl->dial.next = dtls_timer_new(cl->loop, dial_timer, &cl->dial);
+    if (!cl->dial.next || !program_signals(cl->loop, client_signal, cl))
         return complain(1, strerror(errno));
     if (client_open_input(cl) != 0)
         return 1;
-    cl->backoff_ms = BACKOFF_FIRST_MS;
-    client_round(cl);
-    if (cl->tries_len == 0)
-        client_failed(cl);
+    dial_round(&cl->dial);
     int status = dtls_loop_run(cl->loop) == 0 ? cl->status : complain(1, strerror(errno));
     if (o->level == DTLS_LOG_DEBUG && !cl->editor)
         program_counters(cl->ep);
@@ -5121,10 +5214,12 @@ static int client_main(const struct options *o)
     if (!cl)
         return complain(1, "out of memory");
     cl->options = o;
-    cl->name = o->name;
-    int status = client_resolve(cl, o->addrs[0], &err);
+    cl->dial.backoff_ms = BACKOFF_FIRST_MS;
+    cl->dial.again = client_again;
+    cl->dial.user = cl;
+    int status = dial_resolve(&cl->dial, o->addrs[0], &err);
     if (o->name)
-        cl->name = o->name;
+        cl->dial.name = o->name;
     if (status != 0)
         complain(status, err.text);
     else if (!(cl->loop = dtls_loop_new(NULL)))
@@ -5136,10 +5231,13 @@ static int client_main(const struct options *o)
     if (cl->editor)
         editor_close(cl->editor);
     free(cl->editor);
-    SSL_SESSION_free(cl->session);
+    SSL_SESSION_free(cl->dial.session);
     free(cl);
     return status;
 }
+
+static const struct mode modes[] = {
+    {"server", "server", 0, server_main}, {"client", "client", 1, client_main}, {NULL, NULL, 0, NULL}};
 
 int main(int argc, char **argv)
 {
@@ -5149,14 +5247,14 @@ int main(int argc, char **argv)
     for (int fd = 0; fd <= STDERR_FILENO; fd++) /* a closed one would become some socket's number */
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0)
             return 1;
-    if (options_parse(&o, argc, argv, &err) < 0)
+    if (options_parse(&o, modes, argc, argv, &err) < 0)
         return complain(EXIT_USAGE, err.text);
     if (o.help)
         fputs(usage_text, stdout);
     else if (o.version)
         printf("dtls %s, %s, %s\n", dtls_version(), OpenSSL_version(OPENSSL_VERSION), BACKEND);
     else
-        return o.server ? server_main(&o) : client_main(&o);
+        return o.mode->run(&o);
     return fflush(stdout) == 0 ? 0 : 1;
 }
 

@@ -13,22 +13,22 @@ enum { ARGS_MAX = 32, KEY_MAX = 64 };
 #define BROKEN(...) (fprintf(stderr, "broken: " __VA_ARGS__), fputc('\n', stderr), abort())
 
 /* The commands: what was understood, put together again, is what was sent, but for the end of its line. */
-static void commands(const char *data, size_t len)
+static void command(const char *data, size_t len)
 {
-    static const char *const names[] = {"ping", "echo ", "whoami", "stats", "bc "};
-    const char *text;
-    size_t text_len, n;
-    enum command command = command_parse(data, len, &text, &text_len);
-    if (command == COMMAND_OTHER)
+    struct message m;
+    const struct command *c = command_parse(data, len, &m);
+    if (!c)
         return;
-    n = strlen(names[command]);
-    if (len < n + text_len || memcmp(data, names[command], n) != 0 || (text && text != data + n))
-        BROKEN("command %d is not what was sent", (int)command);
-    if ((text != NULL) != (command == COMMAND_ECHO || command == COMMAND_BC) || (text != NULL) != (text_len > 0))
-        BROKEN("command %d with %zu bytes of text", (int)command, text_len);
-    for (size_t i = n + text_len; i < len; i++)
+    bool takes_text = strcmp(c->name, "echo") == 0 || strcmp(c->name, "bc") == 0;
+    size_t n = strlen(c->name) + takes_text;
+    if (len < n + m.len || memcmp(data, c->name, strlen(c->name)) != 0 || (takes_text && data[n - 1] != ' ') ||
+        (m.text && m.text != data + n))
+        BROKEN("command %s is not what was sent", c->name);
+    if ((m.text != NULL) != takes_text || (m.text != NULL) != (m.len > 0))
+        BROKEN("command %s with %zu bytes of text", c->name, m.len);
+    for (size_t i = n + m.len; i < len; i++)
         if (len - i > 2 || (data[i] != '\r' && data[i] != '\n'))
-            BROKEN("command %d lost what stood behind it", (int)command);
+            BROKEN("command %s lost what stood behind it", c->name);
 }
 
 static bool in_range(int value, int min, int max)
@@ -40,7 +40,7 @@ static void options_check(const struct options *o, int argc)
 {
     if (o->help || o->version)
         return;
-    if (o->addrs_len < 1 || o->addrs_len >= argc || (!o->server && o->addrs_len != 1))
+    if (o->addrs_len < 1 || o->addrs_len >= argc || (o->mode == &modes[1] && o->addrs_len != 1))
         BROKEN("%d addresses of %d arguments", o->addrs_len, argc);
     if (!in_range(o->mtu, 256, 65535) || !in_range(o->max_clients, 1, 10000000) ||
         !in_range(o->idle_timeout_ms, DTLS_NEVER, 1000000000) || !in_range(o->keepalive_ms, DTLS_NEVER, 1000000000))
@@ -71,7 +71,7 @@ static void arguments(const char *data, size_t len)
     int all = argc;
     struct options o;
     dtls_error err = {0};
-    int r = argc > 0 ? options_parse(&o, argc, argv, &err) : DTLS_ERR_ARG;
+    int r = argc > 0 ? options_parse(&o, modes, argc, argv, &err) : DTLS_ERR_ARG;
     if (r == 0)
         options_check(&o, argc);
     else if (argc > 0 && (r != DTLS_ERR_ARG || !err.text[0]))
@@ -111,7 +111,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
     memcpy(copy, data + 1, len - 1);
     switch (data[0] % 4) {
     case 0:
-        commands(copy, len - 1);
+        command(copy, len - 1);
         break;
     case 1:
         arguments(copy, len - 1);
