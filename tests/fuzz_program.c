@@ -36,7 +36,7 @@ static bool in_range(int value, int min, int max)
     return value == 0 || (value >= min && value <= max);
 }
 
-static void options_check(const struct options *o, int argc)
+static void options_are_sane(const struct options *o, int argc)
 {
     if (o->help || o->version)
         return;
@@ -73,7 +73,7 @@ static void arguments(const char *data, size_t len)
     dtls_error err = {0};
     int r = argc > 0 ? options_parse(&o, modes, argc, argv, &err) : DTLS_ERR_ARG;
     if (r == 0)
-        options_check(&o, argc);
+        options_are_sane(&o, argc);
     else if (argc > 0 && (r != DTLS_ERR_ARG || !err.text[0]))
         BROKEN("refused with %d and \"%s\"", r, err.text);
     while (all > 0)
