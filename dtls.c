@@ -2755,7 +2755,7 @@ static void hs_become(struct association *a, enum hs_state state)
     h->state = state;
     h->since = loop_now(a->ep->loop);
     if (!(hs_follows[a->conn->server][was] >> state & 1))
-        conn_log(a->conn, DTLS_LOG_ERROR, "bug: handshake state %s behind %s", hs_names[state], hs_names[was]);
+        conn_log(a->conn, DTLS_LOG_ERROR, "bug: handshake state %s after %s", hs_names[state], hs_names[was]);
 }
 
 static bool hs_under_way(const struct association *a)
