@@ -420,7 +420,7 @@ static void test_flights(void)
     CHECK(ep->counters.datagrams_out == 2 && sent_len == 200);
     flight_begin(&a->wire, &flight, true); /* smaller ones */
     CHECK(BIO_write(b, piece, 500) == 500 && BIO_write(b, piece, 100) == 100 && sent_len == 500);
-    CHECK(BIO_write(b, piece, 600) == 600 && sent_len == 600 && ep->counters.datagrams_out == 5); /* larger than the room */
+    CHECK(BIO_write(b, piece, 600) == 600 && sent_len == 600 && ep->counters.datagrams_out == 5); /* larger than room */
     send_refuses = 1;
     CHECK(BIO_write(b, piece, 10) == 10);
     flight_end(&a->wire);
@@ -791,6 +791,71 @@ static void test_table(void)
     dtls_loop_free(l); /* ends the others */
 }
 
+/* Sockets alone, without an endpoint: what arrives, what fails and what is counted goes to whom they serve. */
+
+struct heard {
+    int datagrams, errors, last_error;
+    dtls_addr from;
+    char text[16];
+};
+
+static void hear(struct udp *u, const uint8_t *p, size_t n, const dtls_addr *from, const dtls_addr *to)
+{
+    struct heard *h = u->user.owner;
+    (void)to;
+    h->datagrams++;
+    h->from = *from;
+    snprintf(h->text, sizeof h->text, "%.*s", (int)n, (const char *)p);
+}
+
+static void hear_error(struct udp *u, int error)
+{
+    struct heard *h = u->user.owner;
+    h->errors++;
+    h->last_error = error;
+}
+
+static void send_text(dtls_loop *l, struct udp *u, const char *text, const dtls_addr *to)
+{
+    loop_enter(l);
+    CHECK(udp_send(l, u, text, strlen(text), &u->local, to) == 0);
+    loop_leave(l);
+}
+
+static void test_sockets(void)
+{
+    dtls_loop *l = dtls_loop_new(NULL);
+    const dtls_config cfg = {.send_queue_bytes = 1000, .datagrams_per_turn = 8, .socket_buffer_bytes = 20000};
+    dtls_counters counters = {0};
+    struct heard server = {0}, client = {0};
+    struct object sockets;
+    dtls_addr any;
+    list_init(&sockets);
+    dtls_addr_parse(&any, "127.0.0.1:0", NULL);
+    struct udp *listening =
+        udp_open(l, &(struct udp_user){hear, hear_error, &server, &counters, &cfg}, &sockets, &any, NULL);
+    CHECK(listening && listening->local.port != 0);
+    struct udp *own =
+        udp_open(l, &(struct udp_user){hear, hear_error, &client, &counters, &cfg}, &sockets, NULL, &listening->local);
+    CHECK(own && own->connected && !listening->connected);
+    send_text(l, own, "question", &listening->local);
+    for (int i = 0; i < 100 && server.datagrams == 0; i++)
+        dtls_loop_poll(l, 50);
+    CHECK(server.datagrams == 1 && strcmp(server.text, "question") == 0 && dtls_addr_equal(&server.from, &own->local));
+    send_text(l, listening, "answer", &server.from);
+    for (int i = 0; i < 100 && client.datagrams == 0; i++)
+        dtls_loop_poll(l, 50);
+    CHECK(client.datagrams == 1 && strcmp(client.text, "answer") == 0);
+    udp_free(listening);
+    dtls_loop_poll(l, 0);
+    send_text(l, own, "anybody?", &any); /* nobody: the system says so, and life goes on */
+    for (int i = 0; i < 100 && client.errors == 0; i++)
+        dtls_loop_poll(l, 50);
+    CHECK(client.errors == 1 && client.last_error == ECONNREFUSED && counters.receive_errors == 1);
+    udp_free(own);
+    dtls_loop_free(l);
+}
+
 /* The send queue, on a Unix socket pair, which does say when it is full. */
 static void test_backlog(void)
 {
@@ -995,6 +1060,7 @@ int main(int argc, char **argv)
                  {"guard, handshake messages", test_guard_messages},
                  {"cookies", test_cookies},
                  {"connection table", test_table},
+                 {"sockets alone", test_sockets},
                  {"send queue", test_backlog},
                  {"configuration", test_config},
                  {"commands", test_commands},
