@@ -3872,6 +3872,11 @@ dtls_endpoint *dtls_endpoint_new(dtls_loop *l, const dtls_config *config, dtls_e
 
 #ifdef DTLS_MAIN
 
+/* From top to bottom: the options and what every mode makes of them; the service with its commands, and the server that
+ * offers it; editor, line input and dialling; the client, which ties dialling to one of the two inputs; main() with the
+ * modes. As above, a part calls only what stands before it. Editor, line input and dialling know neither each other nor
+ * the client: their owner holds the struct, calls the functions and sets the pointers by which it hears of events. */
+
 #include <ctype.h>
 #include <histedit.h>
 #include <locale.h>
@@ -3881,24 +3886,24 @@ dtls_endpoint *dtls_endpoint_new(dtls_loop *l, const dtls_config *config, dtls_e
 #include <wchar.h>
 #include <wctype.h>
 
-/* From top to bottom: options and modes, the service with its commands and the server, then the client's three machines,
- * each with a struct of its own (the line editor, lines from a pipe or file, dialling), and the client that ties them. */
+/* Options. */
 
 enum {
     EXIT_USAGE = 2,
     PATH_BYTES = 1024,
-    CLIENT_ADDRS = 16,      /* resolved addresses that a client tries */
+    LIST_BYTES = 256,       /* the names of all commands, or of all modes, in a sentence */
+    INPUT_BYTES = 65536,    /* read from standard input at once */
+    WINDOW_LINES = 32,      /* lines from a file or pipe that may wait for their answer */
+    PACE_MS = 200,          /* no answer for so long: the server does not answer every line */
+    LINGER_MS = 200,        /* after the last answer, for one more; at least */
+    LINGER_OWED_MS = 2000,  /* for answers still missing */
+    LOOK_MS = 50,           /* between looks at an input that cannot be watched and has nothing yet */
+    DIAL_ADDRS = 16,        /* resolved addresses that a client tries */
     STAGGER_MS = 1000,      /* one address silent for so long: the next is tried beside it */
-    PROBE_MS = 5000,        /* between probes of a silent server, at most */
-    PROBES = 3,             /* unanswered before it counts as gone */
-    BACKOFF_FIRST_MS = 500, /* before reconnecting, doubling */
+    BACKOFF_FIRST_MS = 500, /* before dialling again, doubling */
     BACKOFF_MAX_MS = 30000,
-    WINDOW_LINES = 32,     /* lines from a file or pipe that may wait for their answer */
-    PACE_MS = 200,         /* no answer for so long: the server does not answer every line */
-    LINGER_MS = 200,       /* after the last answer, for one more */
-    LINGER_OWED_MS = 2000, /* for answers still missing */
-    LOOK_MS = 50,          /* between looks at an input that cannot be watched and has nothing yet */
-    INPUT_BYTES = 65536
+    PROBE_MS = 5000, /* between probes of a silent server, at most */
+    PROBES = 3       /* unanswered before it counts as gone */
 };
 
 static const char usage_text[] =
@@ -3906,7 +3911,7 @@ static const char usage_text[] =
     "       dtls client [options] ADDR        talk to the server at ADDR\n"
     "       dtls --help | --version\n"
     "\n"
-    "ADDR is 127.0.0.1:1234, [::1]:1234, [fe80::1%eth0]:1234, [::]:1234 for every IPv4 and IPv6\n"
+    "ADDR is 127.0.0.1:1234, [::1]:1234, [fe80::1%%eth0]:1234, [::]:1234 for every IPv4 and IPv6\n"
     "address of a server, or for a client also a host name as in localhost:1234.\n"
     "\n"
     "  --certs DIR             folder with ca.pem, server.pem, server.key, client.pem, client.key (certs)\n"
@@ -3920,13 +3925,9 @@ static const char usage_text[] =
     "  --max-clients N         server (4096)\n"
     "  -v, -q                  more (retransmissions, counters at the end), or only errors, on standard error\n"
     "\n"
-    "Commands of the service: ping, echo TEXT, whoami, stats, bc TEXT.\n"
+    "Commands of the service: %s.\n"
     "A client on a terminal edits lines; otherwise it sends standard input line by line, prints the\n"
     "answers and exits with 0, or with 1 if it could not connect or the connection was lost.\n";
-
-static const char commands_text[] = "commands: ping, echo TEXT, whoami, stats, bc TEXT";
-
-/* Options. */
 
 struct options {
     const struct mode *mode;
@@ -3938,13 +3939,42 @@ struct options {
     int addrs_len;
 };
 
+/* What the first word of the command line chooses. */
+struct mode {
+    const char *name;
+    const char *role;              /* names its certificate and key in the folder */
+    bool one_addr;                 /* otherwise one or more */
+    int (*run)(struct options *o); /* returns the exit status */
+};
+
+/* An option is a switch, which sets flag or level, or takes a value for text, seconds or number. */
+struct setting {
+    const char *name;
+    bool *flag;
+    dtls_log *level, to;
+    const char **text;
+    int *seconds, *number, min, max;
+};
+
+static int complain(int status, const char *text)
+{
+    fprintf(stderr, "dtls: %s\n", text);
+    return status;
+}
+
+static void text_append(char *text, size_t size, const char *separator, const char *more)
+{
+    size_t len = strlen(text);
+    snprintf(text + len, size - len, "%s%s", len > 0 ? separator : "", more);
+}
+
 static int option_seconds(const char *text, int *ms)
 {
     char *end;
     double s = text[strspn(text, "0123456789.")] == 0 ? strtod(text, &end) : -1;
     if (!(s >= 0 && s <= 1000000) || end == text || *end)
         return -1;
-    *ms = s == 0 ? DTLS_NEVER : (int)(s * 1000 + 0.999); /* up: 0 means never */
+    *ms = s == 0 ? DTLS_NEVER : (int)(s * 1000 + 0.999); /* rounded up: 0 would mean the default */
     return 0;
 }
 
@@ -3958,86 +3988,77 @@ static int option_number(const char *text, int min, int max, int *value)
     return 0;
 }
 
-/* The options that take a value: one of the three fields is set. Returns 1 if name is none of them, 0, or an error. */
-static int option_value(struct options *o, const char *name, const char *value, dtls_error *err)
+static int option_value(const struct setting *s, const char *value, dtls_error *err)
 {
-    const struct {
-        const char *name, **text;
-        int *seconds, *number, min, max;
-    } table[] = {{.name = "--certs", .text = &o->certs},
-                 {.name = "--cert", .text = &o->cert},
-                 {.name = "--key", .text = &o->key},
-                 {.name = "--ca", .text = &o->ca},
-                 {.name = "--name", .text = &o->name},
-                 {.name = "--idle-timeout", .seconds = &o->idle_timeout_ms},
-                 {.name = "--keepalive", .seconds = &o->keepalive_ms},
-                 {.name = "--mtu", .number = &o->mtu, .min = 256, .max = 65535},
-                 {.name = "--max-clients", .number = &o->max_clients, .min = 1, .max = 10000000}};
-    size_t i = 0, n = sizeof table / sizeof *table;
-    while (i < n && strcmp(name, table[i].name) != 0)
-        i++;
-    if (i == n)
-        return 1;
     if (!value || !*value)
-        return fail(err, DTLS_ERR_ARG, "%s needs a value; see dtls --help", name);
-    if (table[i].text)
-        *table[i].text = value;
-    if (table[i].seconds && option_seconds(value, table[i].seconds) < 0)
-        return fail(err, DTLS_ERR_ARG, "%s %.100s: must be a number of seconds from 0 (never) to 1000000", name, value);
-    if (table[i].number && option_number(value, table[i].min, table[i].max, table[i].number) < 0)
-        return fail(err, DTLS_ERR_ARG, "%s %.100s: must be a number from %d to %d", name, value, table[i].min,
-                    table[i].max);
+        return fail(err, DTLS_ERR_ARG, "%s needs a value; see dtls --help", s->name);
+    if (s->text)
+        *s->text = value;
+    if (s->seconds && option_seconds(value, s->seconds) < 0)
+        return fail(err, DTLS_ERR_ARG, "%s %.100s: must be a number of seconds from 0 (never) to 1000000", s->name,
+                    value);
+    if (s->number && option_number(value, s->min, s->max, s->number) < 0)
+        return fail(err, DTLS_ERR_ARG, "%s %.100s: must be a number from %d to %d", s->name, value, s->min, s->max);
     return 0;
 }
 
 /* argv[i] is an option: returns how many arguments it took, or an error. */
 static int option_parse(struct options *o, int argc, char **argv, int i, dtls_error *err)
 {
-    char name[32];
+    const struct setting table[] = {{.name = "--certs", .text = &o->certs},
+                                    {.name = "--cert", .text = &o->cert},
+                                    {.name = "--key", .text = &o->key},
+                                    {.name = "--ca", .text = &o->ca},
+                                    {.name = "--name", .text = &o->name},
+                                    {.name = "--idle-timeout", .seconds = &o->idle_timeout_ms},
+                                    {.name = "--keepalive", .seconds = &o->keepalive_ms},
+                                    {.name = "--mtu", .number = &o->mtu, .min = 256, .max = 65535},
+                                    {.name = "--max-clients", .number = &o->max_clients, .min = 1, .max = 10000000},
+                                    {.name = "-v", .level = &o->level, .to = DTLS_LOG_DEBUG},
+                                    {.name = "-q", .level = &o->level, .to = DTLS_LOG_ERROR},
+                                    {.name = "-h", .flag = &o->help},
+                                    {.name = "--help", .flag = &o->help},
+                                    {.name = "--version", .flag = &o->version},
+                                    {.name = NULL}};
     const char *equals = strchr(argv[i], '=');
     size_t len = equals ? (size_t)(equals - argv[i]) : strlen(argv[i]);
-    snprintf(name, sizeof name, "%.*s", len < sizeof name ? (int)len : 0, argv[i]);
-    int r = option_value(o, name, equals ? equals + 1 : i + 1 < argc ? argv[i + 1] : NULL, err);
-    if (r <= 0)
-        return r < 0 ? r : equals ? 1 : 2;
-    if (strcmp(argv[i], "-v") == 0)
-        o->level = DTLS_LOG_DEBUG;
-    else if (strcmp(argv[i], "-q") == 0)
-        o->level = DTLS_LOG_ERROR;
-    else if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0)
-        o->help = true;
-    else if (strcmp(argv[i], "--version") == 0)
-        o->version = true;
-    else
+    const struct setting *s = table;
+    while (s->name && (strlen(s->name) != len || memcmp(s->name, argv[i], len) != 0))
+        s++;
+    bool is_switch = s->flag || s->level;
+    if (!s->name || (is_switch && equals))
         return fail(err, DTLS_ERR_ARG, "%.100s: unknown option; see dtls --help", argv[i]);
-    return 1;
+    if (s->flag)
+        *s->flag = true;
+    if (s->level)
+        *s->level = s->to;
+    if (is_switch)
+        return 1;
+    int r = option_value(s, equals ? equals + 1 : i + 1 < argc ? argv[i + 1] : NULL, err);
+    return r < 0 ? r : equals ? 1 : 2;
 }
 
-/* What the program can be. */
-struct mode {
-    const char *name;
-    const char *role; /* its certificate is DIR/ROLE.pem */
-    int addrs_max;    /* 0: any number */
-    int (*run)(const struct options *o);
-};
-
-/* The mode and its addresses; 0 or an error. */
-static int options_check(struct options *o, const struct mode *modes, const char *name, dtls_error *err)
+/* The mode of that name takes over, if the number of addresses suits it. A row without a name ends the modes. */
+static int options_mode(struct options *o, const struct mode *modes, const char *name, dtls_error *err)
 {
+    char list[LIST_BYTES] = "";
+    for (const struct mode *m = modes; m->name; m++) {
+        text_append(list, sizeof list, name ? "' nor '" : " ADDR' or 'dtls ", m->name);
+        if (name && strcmp(name, m->name) == 0)
+            o->mode = m;
+    }
     if (!name)
-        return fail(err, DTLS_ERR_ARG, "say 'dtls server ADDR' or 'dtls client ADDR'; see dtls --help");
-    for (o->mode = modes; o->mode->name && strcmp(name, o->mode->name) != 0; o->mode++)
-        ;
-    if (!o->mode->name)
-        return fail(err, DTLS_ERR_ARG, "%.100s: neither 'server' nor 'client'; see dtls --help", name);
+        return fail(err, DTLS_ERR_ARG, "say 'dtls %s ADDR'; see dtls --help", list);
+    if (!o->mode)
+        return fail(err, DTLS_ERR_ARG, "%.100s: neither '%s'; see dtls --help", name, list);
     if (o->addrs_len == 0)
         return fail(err, DTLS_ERR_ARG, "no address; write one as in 127.0.0.1:1234 or [::1]:1234");
-    if (o->mode->addrs_max && o->addrs_len > o->mode->addrs_max)
+    if (o->mode->one_addr && o->addrs_len > 1)
         return fail(err, DTLS_ERR_ARG, "%.100s: a %s takes one address", o->addrs[1], name);
     return 0;
 }
 
-/* Leaves the addresses, in order, in argv; 0 or an error. Behind the last mode stands one without a name. */
+/* Leaves the addresses, in order, in argv; 0 or an error. */
 static int options_parse(struct options *o, const struct mode *modes, int argc, char **argv, dtls_error *err)
 {
     const char *mode = NULL;
@@ -4056,13 +4077,7 @@ static int options_parse(struct options *o, const struct mode *modes, int argc, 
         if (took < 0)
             return took;
     }
-    return o->help || o->version ? 0 : options_check(o, modes, mode, err);
-}
-
-static int complain(int status, const char *text)
-{
-    fprintf(stderr, "dtls: %s\n", text);
-    return status;
+    return o->help || o->version ? 0 : options_mode(o, modes, mode, err);
 }
 
 static bool option_addr(const char *text, dtls_addr *a, dtls_error *err)
@@ -4076,35 +4091,24 @@ static bool option_addr(const char *text, dtls_addr *a, dtls_error *err)
     return true;
 }
 
-/* Certificate files by option or folder; the buffers must outlive dtls_endpoint_new(). */
-struct files {
-    char cert[PATH_BYTES], key[PATH_BYTES], ca[PATH_BYTES];
-};
-
-static void files_choose(struct files *f, const struct options *o, dtls_config *cfg)
-{
-    snprintf(f->cert, sizeof f->cert, "%s/%s.pem", o->certs, o->mode->role);
-    snprintf(f->key, sizeof f->key, "%s/%s.key", o->certs, o->mode->role);
-    snprintf(f->ca, sizeof f->ca, "%s/ca.pem", o->certs);
-    cfg->cert_file = o->cert ? o->cert : f->cert;
-    cfg->key_file = o->key ? o->key : f->key;
-    cfg->ca_file = o->ca ? o->ca : f->ca;
-}
-
-/* The endpoint, or one line that says what to do. */
+/* The endpoint with its certificate files by option or from the folder; NULL after one line that says what to do. */
 static dtls_endpoint *program_endpoint(dtls_loop *l, const struct options *o, dtls_config *cfg)
 {
-    struct files files;
+    char cert[PATH_BYTES], key[PATH_BYTES], ca[PATH_BYTES];
     dtls_error err;
-    files_choose(&files, o, cfg);
+    snprintf(cert, sizeof cert, "%s/%s.pem", o->certs, o->mode->role);
+    snprintf(key, sizeof key, "%s/%s.key", o->certs, o->mode->role);
+    snprintf(ca, sizeof ca, "%s/ca.pem", o->certs);
+    cfg->cert_file = o->cert ? o->cert : cert;
+    cfg->key_file = o->key ? o->key : key;
+    cfg->ca_file = o->ca ? o->ca : ca;
     cfg->mtu_bytes = o->mtu;
     dtls_endpoint *ep = dtls_endpoint_new(l, cfg, &err);
     if (ep)
         return ep;
     const char *advice = "";
     bool from_folder = !o->cert && !o->key && !o->ca;
-    if (from_folder &&
-        (access(cfg->cert_file, F_OK) < 0 || access(cfg->key_file, F_OK) < 0 || access(cfg->ca_file, F_OK) < 0))
+    if (from_folder && (access(cert, F_OK) < 0 || access(key, F_OK) < 0 || access(ca, F_OK) < 0))
         advice = "; 'make certs' makes a set, --certs names another folder";
     else if (from_folder && strstr(err.text, "expired"))
         advice = "; 'make delete-certs certs' makes new ones";
@@ -4133,36 +4137,42 @@ static void program_counters(const dtls_endpoint *ep)
     fputc('\n', stderr);
 }
 
-/* The service: commands, and who is connected. */
-
-struct server {
-    dtls_loop *loop;
-    dtls_endpoint *ep;
-    dtls_log level;
-};
+/* The service: a server greets a client with its address; then each message is a command. */
 
 struct message {
     const char *text;
     size_t len;
 };
 
-static void server_send_one(dtls_conn *c, void *user)
-{
-    const struct message *m = user;
-    dtls_conn_send(c, m->text, m->len); /* a full queue loses it, as the network may */
-}
+struct command {
+    const char *form; /* its name; then, if text must follow, a space and what help calls that text */
+    void (*run)(dtls_conn *c, struct message text); /* c has sent it */
+};
 
-/* Text for one client in messages of whole lines, each of a size that needs no IP fragmentation. */
+/* Several lines for one client, in messages of whole lines, each of a size that needs no IP fragmentation. */
 struct pager {
     dtls_conn *to;
     char page[DTLS_MESSAGE_MAX];
     size_t len;
 };
 
+static void service_send(dtls_conn *c, struct message m)
+{
+    dtls_conn_send(c, m.text, m.len); /* a full queue loses it, as the network may */
+}
+
+static void service_send_peer(dtls_conn *c, const char *before)
+{
+    char text[DTLS_ADDR_TEXT + 16], addr[DTLS_ADDR_TEXT];
+    dtls_info info;
+    dtls_conn_info(c, &info);
+    snprintf(text, sizeof text, "%s%s", before, dtls_addr_format(&info.peer, addr, sizeof addr));
+    service_send(c, (struct message){text, strlen(text)});
+}
+
 static void pager_flush(struct pager *p)
 {
-    if (p->len > 0)
-        dtls_conn_send(p->to, p->page, p->len);
+    service_send(p->to, (struct message){p->page, p->len});
     p->len = 0;
 }
 
@@ -4176,7 +4186,19 @@ static void pager_add(struct pager *p, const char *line, size_t len)
     p->len += len;
 }
 
-static void server_stats_line(dtls_conn *c, void *user)
+static void command_ping(dtls_conn *c, struct message text)
+{
+    (void)text;
+    service_send(c, (struct message){"pong", 4});
+}
+
+static void command_whoami(dtls_conn *c, struct message text)
+{
+    (void)text;
+    service_send_peer(c, "");
+}
+
+static void command_stats_line(dtls_conn *c, void *user)
 {
     char line[512], addr[DTLS_ADDR_TEXT];
     dtls_info i;
@@ -4188,114 +4210,86 @@ static void server_stats_line(dtls_conn *c, void *user)
     pager_add(user, line, (size_t)n);
 }
 
-static void server_stats(struct server *s, dtls_conn *c)
+static void command_stats(dtls_conn *c, struct message text)
 {
     struct pager pager = {.to = c};
     char line[64];
     dtls_counters n;
-    dtls_endpoint_counters(s->ep, &n);
+    (void)text;
+    dtls_endpoint_counters(dtls_conn_endpoint(c), &n);
     pager_add(&pager, line, (size_t)snprintf(line, sizeof line, "users: %zu", n.conns - n.handshakes));
-    dtls_endpoint_each(s->ep, server_stats_line, &pager);
+    dtls_endpoint_each(dtls_conn_endpoint(c), command_stats_line, &pager);
     pager_flush(&pager);
 }
 
-static void server_reply(dtls_conn *c, const char *text, size_t len)
+static void command_bc_one(dtls_conn *c, void *user)
 {
-    struct message m = {text, len};
-    server_send_one(c, &m);
+    service_send(c, *(const struct message *)user);
 }
 
-static void command_ping(struct server *s, dtls_conn *c, const struct message *m)
+static void command_bc(dtls_conn *c, struct message text)
 {
-    (void)s, (void)m;
-    server_reply(c, "pong", 4);
+    dtls_endpoint_each(dtls_conn_endpoint(c), command_bc_one, &text);
 }
 
-static void command_echo(struct server *s, dtls_conn *c, const struct message *m)
+static const struct command commands[] = {{.form = "ping", .run = command_ping},      /* "pong" */
+                                          {.form = "echo TEXT", .run = service_send}, /* the text */
+                                          {.form = "whoami", .run = command_whoami},  /* the client's address */
+                                          {.form = "stats", .run = command_stats}, /* the clients and their traffic */
+                                          {.form = "bc TEXT", .run = command_bc},  /* the text, to every client */
+                                          {.form = NULL}};
+
+static void commands_list(char *list, size_t size)
 {
-    (void)s;
-    server_reply(c, m->text, m->len);
+    for (const struct command *command = commands; command->form; command++)
+        text_append(list, size, ", ", command->form);
 }
 
-static void command_whoami(struct server *s, dtls_conn *c, const struct message *m)
-{
-    char addr[DTLS_ADDR_TEXT];
-    dtls_info info;
-    (void)s, (void)m;
-    dtls_conn_info(c, &info);
-    dtls_addr_format(&info.peer, addr, sizeof addr);
-    server_reply(c, addr, strlen(addr));
-}
-
-static void command_stats(struct server *s, dtls_conn *c, const struct message *m)
-{
-    (void)m;
-    server_stats(s, c);
-}
-
-static void command_bc(struct server *s, dtls_conn *c, const struct message *m)
-{
-    struct message copy = *m;
-    (void)c;
-    dtls_endpoint_each(s->ep, server_send_one, &copy);
-}
-
-static const struct command {
-    const char *name;
-    bool takes_text;
-    void (*run)(struct server *s, dtls_conn *c, const struct message *text);
-} commands[] = {{"ping", false, command_ping},
-                {"echo", true, command_echo},
-                {"whoami", false, command_whoami},
-                {"stats", false, command_stats},
-                {"bc", true, command_bc}};
-
-/* The command that a message is, and its text, if it takes one; NULL: none. One newline at the end does not count: line
- * tools such as s_client send it along. */
+/* NULL: no command. One newline at the end does not count: line tools such as s_client send it along. */
 static const struct command *command_parse(const char *data, size_t len, struct message *text)
 {
     if (len > 0 && data[len - 1] == '\n')
         len--;
     if (len > 0 && data[len - 1] == '\r')
         len--;
-    *text = (struct message){0};
-    for (const struct command *c = commands; c < commands + sizeof commands / sizeof *commands; c++) {
-        size_t n = strlen(c->name);
-        if (len < n || memcmp(data, c->name, n) != 0)
+    *text = (struct message){NULL, 0};
+    for (const struct command *command = commands; command->form; command++) {
+        size_t n = strcspn(command->form, " ");
+        bool takes_text = command->form[n] == ' ';
+        if (len < n || memcmp(data, command->form, n) != 0)
             continue;
-        if (!c->takes_text && len == n)
-            return c;
-        if (c->takes_text && len > n + 1 && data[n] == ' ') {
+        if (takes_text && len > n + 1 && data[n] == ' ')
             *text = (struct message){data + n + 1, len - n - 1};
-            return c;
-        }
+        if (takes_text ? text->len > 0 : len == n)
+            return command;
     }
     return NULL;
 }
 
-static void server_event(dtls_conn *c, dtls_event event, const void *data, size_t len)
+static void service_event(dtls_conn *c, dtls_event event, const void *data, size_t len)
 {
-    struct server *s = dtls_endpoint_user(dtls_conn_endpoint(c));
-    if (event == DTLS_EV_CONNECTED) {
-        char hello[DTLS_ADDR_TEXT + 8] = "hello, ";
-        dtls_info info;
-        dtls_conn_info(c, &info);
-        dtls_addr_format(&info.peer, hello + 7, sizeof hello - 7);
-        dtls_conn_send(c, hello, strlen(hello));
-    } else if (event == DTLS_EV_MESSAGE) {
-        struct message text;
-        const struct command *command = command_parse(data, len, &text);
-        if (command)
-            command->run(s, c, &text);
-        else
-            server_reply(c, commands_text, sizeof commands_text - 1);
+    char list[LIST_BYTES] = "commands: ";
+    size_t start = strlen(list);
+    struct message text;
+    if (event == DTLS_EV_CONNECTED)
+        service_send_peer(c, "hello, ");
+    if (event != DTLS_EV_MESSAGE)
+        return;
+    const struct command *command = command_parse(data, len, &text);
+    if (command) {
+        command->run(c, text);
+    } else {
+        commands_list(list + start, sizeof list - start);
+        service_send(c, (struct message){list, strlen(list)});
     }
 }
 
+/* The server. */
+
 static void server_log(void *user, dtls_log level, const char *line)
 {
-    const struct server *s = user;
-    if (level <= s->level)
+    const struct options *o = user;
+    if (level <= o->level)
         fprintf(stderr, "%s\n", line);
 }
 
@@ -4310,14 +4304,14 @@ static int addr_by_wildcard(const void *a, const void *b)
     return addr_is_wildcard(b) - addr_is_wildcard(a);
 }
 
-/* Wildcards first: what they cover is found out then, not refused as in use. */
-static int server_listen(struct server *s, dtls_addr *addrs, int n)
+/* Wildcards first: then what they cover is skipped, not refused as in use. */
+static int server_listen(dtls_endpoint *ep, dtls_addr *addrs, int n)
 {
     char text[DTLS_ADDR_TEXT], line[DTLS_ADDR_TEXT + 64];
     dtls_error err;
     qsort(addrs, (size_t)n, sizeof *addrs, addr_by_wildcard);
     for (int i = 0; i < n; i++) {
-        int r = dtls_endpoint_listen(s->ep, &addrs[i], &err);
+        int r = dtls_endpoint_listen(ep, &addrs[i], &err);
         if (r < 0) {
             bool used = strstr(err.text, strerror(EADDRINUSE)) != NULL;
             fprintf(stderr, "dtls: %s%s\n", err.text,
@@ -4326,16 +4320,15 @@ static int server_listen(struct server *s, dtls_addr *addrs, int n)
         }
         snprintf(line, sizeof line, r ? "skipped %s: an address given before covers it" : "listening on %s",
                  dtls_addr_format(&addrs[i], text, sizeof text));
-        server_log(s, r ? DTLS_LOG_WARNING : DTLS_LOG_INFO, line);
+        server_log(dtls_endpoint_user(ep), r ? DTLS_LOG_WARNING : DTLS_LOG_INFO, line);
     }
     return 0;
 }
 
-static int server_main(const struct options *o)
+static int server_main(struct options *o)
 {
-    struct server s = {.level = o->level};
+    dtls_config cfg = {.on_event = service_event, .on_log = server_log, .user = o};
     dtls_error err;
-    int status = 1;
     dtls_addr *addrs = calloc((size_t)o->addrs_len, sizeof *addrs);
     for (int i = 0; addrs && i < o->addrs_len; i++) {
         if (!option_addr(o->addrs[i], &addrs[i], &err)) {
@@ -4343,42 +4336,43 @@ static int server_main(const struct options *o)
             return complain(EXIT_USAGE, err.text);
         }
     }
-    dtls_config cfg = {.on_event = server_event,
-                       .on_log = server_log,
-                       .user = &s,
-                       .idle_timeout_ms = o->idle_timeout_ms,
-                       .max_conns = o->max_clients};
-    s.loop = dtls_loop_new(NULL);
-    if (addrs && s.loop) {
-        s.ep = program_endpoint(s.loop, o, &cfg); /* signals end it meanwhile, whatever a file may block on */
-        if (s.ep && server_listen(&s, addrs, o->addrs_len) == 0 && program_signals(s.loop, server_stop, s.loop))
-            status = dtls_loop_run(s.loop) == 0 ? 0 : complain(1, strerror(errno));
-        if (s.ep && o->level == DTLS_LOG_DEBUG)
-            program_counters(s.ep);
-    } else {
+    cfg.idle_timeout_ms = o->idle_timeout_ms;
+    cfg.max_conns = o->max_clients;
+    int status = 1;
+    dtls_loop *l = addrs ? dtls_loop_new(NULL) : NULL;
+    /* A signal still ends us while the certificates are read: any of those files may block for ever. */
+    dtls_endpoint *ep = l ? program_endpoint(l, o, &cfg) : NULL;
+    if (!l)
         complain(1, strerror(errno));
-    }
-    dtls_loop_free(s.loop);
+    if (ep && server_listen(ep, addrs, o->addrs_len) == 0 && program_signals(l, server_stop, l))
+        status = dtls_loop_run(l) == 0 ? 0 : complain(1, strerror(errno));
+    if (ep && o->level == DTLS_LOG_DEBUG)
+        program_counters(ep);
+    dtls_loop_free(l);
     free(addrs);
     return status;
 }
 
-/* The line editor: libedit in the loop. It reads from our buffer one whole key at a time and never from the terminal,
- * so it never blocks. */
+/* The editor: libedit in the loop. It reads whole keys from our buffer, never from the terminal, so it never blocks. */
+
+/* Whom the editor and the line input hand their lines; their owner fills it in. */
+struct sink {
+    int (*send)(void *user, const char *line, size_t len); /* as dtls_conn_send() */
+    void (*end)(void *user);                               /* no more lines come */
+    void *user;
+};
 
 struct editor {
+    struct sink sink;
     EditLine *el;
     HistoryW *history;
-    struct termios saved;
-    bool hidden;
-    wchar_t *kept; /* the typed line while hidden */
+    struct termios saved; /* the terminal's settings, as they were found */
+    bool hidden;          /* neither prompt nor line is on the screen */
+    wchar_t *kept;        /* the typed line while hidden */
     int kept_cursor;
     unsigned char in[INPUT_BYTES];
     size_t in_len, key, key_end; /* in[key, key_end) is being fed */
-    void (*line)(void *user, const char *line, size_t len);
-    void (*end)(void *user);
-    void *user;
-    bool ended;
+    bool ended;                  /* by ^D on an empty line, or with the terminal */
 };
 
 static struct editor *editor_of(EditLine *el)
@@ -4399,7 +4393,7 @@ static int editor_getc(EditLine *el, wchar_t *wc)
     struct editor *e = editor_of(el);
     mbstate_t state = {0};
     if (e->key >= e->key_end)
-        return 0; /* no more: el_wgets returns */
+        return 0; /* no more: el_wgets() returns */
     size_t n = mbrtowc(wc, (char *)e->in + e->key, e->key_end - e->key, &state);
     if (n == (size_t)-1 || n == (size_t)-2) {
         *wc = 0xfffd;
@@ -4412,15 +4406,11 @@ static int editor_getc(EditLine *el, wchar_t *wc)
 /* Bytes of the first whole key; 0: not all there yet. */
 static size_t editor_key_length(const unsigned char *p, size_t n)
 {
-    size_t need = p[0] >= 0xf0 ? 4 : p[0] >= 0xe0 ? 3 : p[0] >= 0xc2 ? 2 : 1;
     if (p[0] != 27) {
-        for (size_t i = 1; i < need; i++) {
-            if (i >= n)
-                return 0;
-            if ((p[i] & 0xc0) != 0x80)
-                return 1;
-        }
-        return need;
+        size_t need = p[0] >= 0xf0 ? 4 : p[0] >= 0xe0 ? 3 : p[0] >= 0xc2 ? 2 : 1, i = 1;
+        while (i < need && i < n && (p[i] & 0xc0) == 0x80)
+            i++;
+        return i == need ? need : i < n ? 1 : 0; /* 1: what begins like a character, but is none */
     }
     if (n == 1)
         return 0; /* a lone ESC is the start of something: no timeout guesses otherwise */
@@ -4443,7 +4433,8 @@ static bool editor_unknown_key(const unsigned char *p, size_t n)
     return n > 4 && p[0] == 27 && p[1] == '[' && p[n - 1] == '~' && isdigit(p[2]) && isdigit(p[3]);
 }
 
-/* Bound to a key that no keyboard has: empties line and prompt, so that libedit erases exactly what it drew. */
+/* An editor command that empties line and prompt, so that libedit itself erases exactly what it drew. editor_hide()
+ * calls it by a key that no keyboard has. */
 static unsigned char editor_erase(EditLine *el, wint_t c)
 {
     struct editor *e = editor_of(el);
@@ -4506,6 +4497,17 @@ static void editor_say(struct editor *e, const char *text, size_t len)
         editor_show(e);
 }
 
+static void editor_send(struct editor *e, const char *line, size_t len)
+{
+    char text[64];
+    int r = e->sink.send(e->sink.user, line, len);
+    const char *why = r == DTLS_ERR_STATE ? "not connected: not sent" : dtls_strerror(r);
+    snprintf(text, sizeof text, "%zu bytes, more than %d: not sent", len, DTLS_MESSAGE_MAX);
+    why = r == DTLS_ERR_SIZE ? text : why;
+    if (r != 0)
+        editor_say(e, why, strlen(why));
+}
+
 /* A new empty line, the terminal's settings untouched. */
 static void editor_fresh(struct editor *e)
 {
@@ -4530,7 +4532,7 @@ static void editor_entered(struct editor *e, const wchar_t *wide, int n)
     }
     editor_fresh(e);
     if (text && bytes > 0)
-        e->line(e->user, text, bytes);
+        editor_send(e, text, bytes);
     free(text);
     free(line);
 }
@@ -4551,13 +4553,10 @@ static void editor_feed(struct editor *e)
     size_t at = 0, len;
     while (at < e->in_len && !e->ended && (len = editor_key_length(e->in + at, e->in_len - at)) != 0) {
         const LineInfoW *li = el_wline(e->el);
-        if (e->in[at] == 4 && li->lastchar == li->buffer) {
-            e->ended = true;
-            break;
-        }
+        e->ended = e->in[at] == 4 && li->lastchar == li->buffer; /* ^D on an empty line */
         e->key = at;
         at = e->key_end = at + len;
-        if (editor_unknown_key(e->in + e->key, len))
+        if (e->ended || editor_unknown_key(e->in + e->key, len))
             continue;
         int n = 0;
         bool wrapped = editor_wraps(e);
@@ -4573,7 +4572,7 @@ static void editor_feed(struct editor *e)
     e->in_len -= at;
     e->key = e->key_end = 0;
     if (e->ended)
-        e->end(e->user);
+        e->sink.end(e->sink.user);
 }
 
 static void editor_readable(void *user, int fd, unsigned events)
@@ -4586,7 +4585,7 @@ static void editor_readable(void *user, int fd, unsigned events)
         editor_feed(e);
     } else if (n == 0 || (errno != EINTR && errno != EAGAIN)) {
         e->ended = true;
-        e->end(e->user);
+        e->sink.end(e->sink.user);
     }
 }
 
@@ -4642,6 +4641,14 @@ static bool editor_open(struct editor *e)
     return true;
 }
 
+static bool editor_watch(struct editor *e, dtls_loop *l)
+{
+    /* macOS does not watch /dev/tty, if that is our input; the output is the same terminal. */
+    return (dtls_watch_new(l, STDIN_FILENO, DTLS_READ, editor_readable, e) ||
+            dtls_watch_new(l, STDOUT_FILENO, DTLS_READ, editor_readable, e)) &&
+           dtls_loop_signal(l, SIGWINCH, editor_resize, e) == 0 && dtls_loop_signal(l, SIGTSTP, editor_suspend, e) == 0;
+}
+
 static void editor_close(struct editor *e)
 {
     editor_hide(e);
@@ -4652,125 +4659,101 @@ static void editor_close(struct editor *e)
     tcsetattr(STDIN_FILENO, TCSADRAIN, &e->saved);
 }
 
-/* Lines from standard input that is no terminal: one at a time, no faster than the answers come. */
+/* Line input: standard input that is no terminal, a message from each line. Only some lines at a time may wait for their
+ * answers, so that a long file does not flood the network; the end waits for the last answers. */
 
 struct lines {
-    dtls_watch *input; /* NULL: a file, which is always readable */
-    dtls_timer *timer; /* pace and linger */
-    char in[INPUT_BYTES];
-    size_t in_at, in_len;
-    char line[DTLS_MESSAGE_MAX];
-    size_t line_len; /* may count beyond what is kept */
-    unsigned long line_number;
-    int linger_ms;         /* after all was sent; 0: it was not */
-    int linger_least_ms;   /* a round trip: what came meanwhile may have been no answer */
-    unsigned window, owed; /* lines not answered: since the last pause, and in all */
-    bool connected, line_ready, input_ended;
-    int (*send)(void *user, const char *line, size_t len);
-    void (*report)(void *user, dtls_log level, const char *text); /* an error makes the program's exit status 1 */
-    void (*end)(void *user);
-    void *user;
+    struct sink sink;  /* send: DTLS_ERR_AGAIN if the line has to wait */
+    bool going;        /* the owner clears what lines_start() set: nothing is read or sent any more */
+    bool ended;        /* nothing more to read */
+    int status;        /* 1: not everything could be read and sent */
+    dtls_watch *watch; /* NULL: a file, which is always readable */
+    dtls_timer *timer; /* for a line that waits, for the end, for an input without a watch */
+    char in[INPUT_BYTES], line[DTLS_MESSAGE_MAX];
+    size_t in_at, in_len, line_len; /* line_len may count beyond what is kept */
+    bool line_ready;                /* the line is whole, and not sent yet */
+    unsigned long count;            /* whole lines so far */
+    unsigned window, owed;          /* lines not answered: since the last pause, and in all */
+    int linger_ms, linger_least_ms; /* the wait at the end, 0 before; a round trip: no answer could come sooner */
 };
 
-static void lines_later(struct lines *in)
+/* Messages that others broadcast pass for answers and must not keep us: the wait only ever gets shorter. */
+static void lines_linger(struct lines *l)
 {
-    bool all_sent = in->input_ended && !in->line_ready && in->in_at == in->in_len;
-    int linger_ms = in->owed ? LINGER_OWED_MS : in->linger_least_ms;
-    if (!all_sent) {
-        dtls_timer_set(in->timer, PACE_MS);
-    } else if (in->line_number == 0) {
-        in->end(in->user);
-    } else if (!in->linger_ms || linger_ms < in->linger_ms) { /* what others broadcast must not keep us */
-        in->linger_ms = linger_ms;
-        dtls_timer_set(in->timer, linger_ms);
+    int ms = l->owed ? LINGER_OWED_MS : l->linger_least_ms;
+    if (l->count == 0) {
+        l->sink.end(l->sink.user);
+    } else if (l->linger_ms == 0 || ms < l->linger_ms) {
+        l->linger_ms = ms;
+        dtls_timer_set(l->timer, ms);
     }
 }
 
-/* False: it has to wait. */
-static bool lines_send(struct lines *in)
+/* False: the line has to wait. */
+static bool lines_send(struct lines *l)
 {
-    char text[96];
-    if (in->line_len > DTLS_MESSAGE_MAX) {
-        snprintf(text, sizeof text, "dtls: line %lu is %zu bytes, more than %d: not sent", in->line_number,
-                 in->line_len, DTLS_MESSAGE_MAX);
-        in->report(in->user, DTLS_LOG_ERROR, text);
-    } else if (in->line_len > 0) {
-        if (in->window >= WINDOW_LINES || in->send(in->user, in->line, in->line_len) == DTLS_ERR_AGAIN)
+    if (l->line_len > DTLS_MESSAGE_MAX) {
+        fprintf(stderr, "dtls: line %lu is %zu bytes, more than %d: not sent\n", l->count, l->line_len,
+                DTLS_MESSAGE_MAX);
+        l->status = 1;
+    } else if (l->line_len > 0) {
+        if (l->window >= WINDOW_LINES || l->sink.send(l->sink.user, l->line, l->line_len) == DTLS_ERR_AGAIN)
             return false;
-        in->window++;
-        in->owed++;
+        l->window++;
+        l->owed++;
     }
-    in->line_ready = false;
-    in->line_len = 0;
+    l->line_ready = false;
+    l->line_len = 0;
     return true;
 }
 
-/* Takes bytes up to the end of a line, or of the input. */
-static void lines_take(struct lines *in)
+/* Takes bytes up to the end of the line; false: it has not come yet. */
+static bool lines_take(struct lines *l)
 {
-    const char *start = in->in + in->in_at;
-    size_t left = in->in_len - in->in_at;
+    const char *start = l->in + l->in_at;
+    size_t left = l->in_len - l->in_at;
     const char *end = memchr(start, '\n', left);
     size_t n = end ? (size_t)(end - start) : left;
-    if (in->line_len < DTLS_MESSAGE_MAX) {
-        size_t room = DTLS_MESSAGE_MAX - in->line_len;
-        memcpy(in->line + in->line_len, start, n < room ? n : room);
-    }
-    in->line_len += n;
-    in->in_at += n + (end != NULL);
-    in->line_ready = end != NULL;
-    in->line_number += in->line_ready;
+    size_t room = l->line_len < DTLS_MESSAGE_MAX ? DTLS_MESSAGE_MAX - l->line_len : 0;
+    memcpy(l->line + DTLS_MESSAGE_MAX - room, start, n < room ? n : room);
+    l->line_len += n;
+    l->in_at += n + (end != NULL);
+    l->line_ready = end || (l->ended && l->line_len > 0); /* the last line may have no newline */
+    l->count += l->line_ready;
+    return l->line_ready;
 }
 
-/* Sends all that was read. True: a line has to wait. */
-static bool lines_send_all(struct lines *in)
+/* Sends what it can, and sees to it that the rest follows. */
+static void lines_pump(struct lines *l)
 {
-    for (;;) {
-        if (in->line_ready && !lines_send(in))
-            return true;
-        if (!in->connected || in->in_at == in->in_len)
-            break;
-        lines_take(in);
-    }
-    if (!in->connected || !in->input_ended || in->line_len == 0)
-        return false;
-    in->line_ready = true; /* the last line had no newline */
-    in->line_number++;
-    return !lines_send(in);
-}
-
-static void lines_pump(struct lines *in)
-{
-    if (!in->connected)
+    bool waits = false;
+    while (l->going && !waits && (l->line_ready || lines_take(l)))
+        waits = !lines_send(l);
+    if (!l->going)
         return;
-    bool waits = lines_send_all(in);
-    if (!in->connected)
-        return;
-    if (in->input)
-        dtls_watch_set(in->input, waits || in->input_ended ? 0 : DTLS_READ);
-    if (waits || in->input_ended)
-        lines_later(in);
-    else if (!in->input)
-        dtls_timer_set(in->timer, 0);
-}
-
-static void lines_read(struct lines *in)
-{
-    ssize_t n = read(STDIN_FILENO, in->in, sizeof in->in);
-    if (n < 0 && (errno == EINTR || errno == EAGAIN))
-        return;
-    if (n < 0)
-        in->report(in->user, DTLS_LOG_ERROR, "dtls: standard input cannot be read");
-    in->input_ended = n <= 0;
-    in->in_at = 0;
-    in->in_len = n > 0 ? (size_t)n : 0;
-    lines_pump(in);
+    if (l->watch)
+        dtls_watch_set(l->watch, waits || l->ended ? 0 : DTLS_READ);
+    if (waits)
+        dtls_timer_set(l->timer, PACE_MS);
+    else if (l->ended)
+        lines_linger(l);
+    else if (!l->watch)
+        dtls_timer_set(l->timer, 0);
 }
 
 static void lines_readable(void *user, int fd, unsigned events)
 {
-    (void)fd, (void)events;
-    lines_read(user);
+    struct lines *l = user;
+    ssize_t n = read(fd, l->in, sizeof l->in);
+    (void)events;
+    if (n < 0 && (errno == EINTR || errno == EAGAIN))
+        return;
+    if (n < 0)
+        l->status = complain(1, "standard input cannot be read");
+    l->ended = n <= 0;
+    l->in_at = 0;
+    l->in_len = n > 0 ? (size_t)n : 0;
+    lines_pump(l);
 }
 
 /* Some of what cannot be watched may block all the same: on macOS a named pipe, /dev/tty. */
@@ -4785,80 +4768,71 @@ static bool lines_input_ready(void)
 
 static void lines_timer(void *user)
 {
-    struct lines *in = user;
-    char text[64];
-    bool waiting = in->line_ready || in->in_at < in->in_len;
-    if (!in->connected)
+    struct lines *l = user;
+    if (!l->going)
         return;
-    if (waiting) {
-        in->window = 0; /* a server that does not answer each line holds nothing up */
-        lines_pump(in);
-    } else if (in->input_ended) {
-        if (in->owed) {
-            snprintf(text, sizeof text, "dtls: %u of %lu lines had no answer", in->owed, in->line_number);
-            in->report(in->user, DTLS_LOG_WARNING, text);
-        }
-        in->end(in->user);
+    if (l->line_ready) {
+        l->window = 0; /* a server that does not answer each line holds nothing up */
+        lines_pump(l);
+    } else if (l->ended) {
+        l->sink.end(l->sink.user);
     } else if (lines_input_ready()) {
-        lines_read(in);
+        lines_readable(l, STDIN_FILENO, DTLS_READ);
     } else {
-        dtls_timer_set(in->timer, LOOK_MS);
+        dtls_timer_set(l->timer, LOOK_MS);
     }
 }
 
-/* Watched unless the system refuses, as it does files and /dev/null. False: no memory. */
-static bool lines_open(struct lines *in, dtls_loop *l)
+static void lines_answered(struct lines *l)
 {
-    in->timer = dtls_timer_new(l, lines_timer, in);
-    in->input = dtls_watch_new(l, STDIN_FILENO, 0, lines_readable, in);
-    if (in->input && (dtls_watch_set(in->input, DTLS_READ) != 0 || dtls_watch_set(in->input, 0) != 0)) {
-        dtls_watch_free(in->input);
-        in->input = NULL;
+    l->window -= l->window > 0;
+    l->owed -= l->owed > 0;
+    lines_pump(l);
+}
+
+/* From now on send works, and an answer may take so long. */
+static void lines_start(struct lines *l, int64_t round_trip_ms)
+{
+    int64_t ms = round_trip_ms < LINGER_MS ? LINGER_MS : round_trip_ms;
+    l->linger_least_ms = ms < LINGER_OWED_MS ? (int)ms : LINGER_OWED_MS;
+    l->going = true;
+    lines_pump(l);
+}
+
+/* The input is watched, unless the system refuses, as it does files and /dev/null: some of it only when asked to. */
+static bool lines_open(struct lines *l, dtls_loop *loop)
+{
+    l->timer = dtls_timer_new(loop, lines_timer, l);
+    l->watch = dtls_watch_new(loop, STDIN_FILENO, 0, lines_readable, l);
+    if (l->watch && (dtls_watch_set(l->watch, DTLS_READ) != 0 || dtls_watch_set(l->watch, 0) != 0)) {
+        dtls_watch_free(l->watch);
+        l->watch = NULL;
     }
-    return in->timer != NULL;
+    return l->timer != NULL;
 }
 
-static void lines_connected(struct lines *in, int64_t handshake_ms)
-{
-    in->connected = true; /* a handshake takes at least two round trips */
-    in->linger_least_ms = handshake_ms < LINGER_MS        ? LINGER_MS
-                          : handshake_ms < LINGER_OWED_MS ? (int)handshake_ms
-                                                          : LINGER_OWED_MS;
-    if (in->input)
-        dtls_watch_set(in->input, DTLS_READ);
-    lines_pump(in);
-}
-
-/* A message came: an answer, for all that one can know. */
-static void lines_answered(struct lines *in)
-{
-    in->window -= in->window > 0;
-    in->owed -= in->owed > 0;
-    lines_pump(in);
-}
-
-/* Dialling: every address that the host has, the next one when the last failed or is slow; the first to answer wins.
- * After a round in vain, and when the connection was lost, the owner says whether another round follows. */
+/* Dialling: the server's addresses in turn, the next when the last failed or is slow; the first to answer wins. */
 
 struct dial {
-    dtls_endpoint *ep;
-    dtls_timer *next; /* the next address, or the next round */
-    const char *name; /* expected in the certificate; NULL: the address */
+    dtls_endpoint *ep; /* the owner's; it passes on what becomes of the connections */
+    dtls_timer *timer; /* calls dial_go() for the next address, or for another round */
+    bool stopped;      /* the owner sets it: nothing is dialled or reported any more */
+    const char *name;  /* expected in the server's certificate; NULL: the address */
     char host[256];
-    dtls_addr addrs[CLIENT_ADDRS];
-    int addrs_len, addrs_tried;
-    dtls_conn *tries[CLIENT_ADDRS]; /* connections under way */
-    int tries_len;
-    dtls_conn *conn; /* the one that made it */
-    SSL_SESSION *session;
-    int backoff_ms;
+    dtls_addr addrs[DIAL_ADDRS];
+    dtls_conn *tries[DIAL_ADDRS]; /* connections under way */
+    int addrs_len, addrs_tried, tries_len;
+    dtls_conn *conn;        /* the one that made it; NULL: none has, or it was lost */
+    SSL_SESSION *session;   /* to resume */
+    int backoff_ms;         /* the last wait; 0: none since a connection */
+    char why[REASON_BYTES]; /* it failed; if final, later failures of this round do not change it */
     bool why_final;
-    char why[REASON_BYTES];                    /* the last round failed */
-    bool (*again)(void *user, int backoff_ms); /* after that time */
+
+    void (*failed)(void *user); /* nobody answered, or the connection was lost: the time for dial_later() */
     void *user;
 };
 
-/* A host name and a port: every address the system knows for it. 0 or an exit status. */
+/* An address; or a host name and a port, for all its addresses. 0, DTLS_ERR_ADDR if it is neither, or an error. */
 static int dial_resolve(struct dial *d, const char *text, dtls_error *err)
 {
     if (option_addr(text, &d->addrs[0], err)) {
@@ -4868,78 +4842,57 @@ static int dial_resolve(struct dial *d, const char *text, dtls_error *err)
     const char *colon = strrchr(text, ':');
     size_t n = colon ? (size_t)(colon - text) : 0;
     uint32_t port = 0;
-    bool name =
-        n > 0 && n < sizeof d->host && strchr(text, ':') == colon && text[0] != '[' && strspn(text, "0123456789.") != n;
-    if (!name)
-        return EXIT_USAGE;
-    if (addr_parse_number(colon + 1, UINT16_MAX, &port) < 0 || port == 0) {
-        fail(err, DTLS_ERR_ADDR, "%s: the port must be a number from 1 to 65535", text);
-        return EXIT_USAGE;
-    }
-    memcpy(d->host, text, n);
+    if (n == 0 || n >= sizeof d->host || strchr(text, ':') != colon || text[0] == '[' ||
+        strspn(text, "0123456789.") == n)
+        return DTLS_ERR_ADDR; /* no host name: err still says what is wrong with the address */
+    if (addr_parse_number(colon + 1, UINT16_MAX, &port) < 0 || port == 0)
+        return fail(err, DTLS_ERR_ADDR, "%s: the port must be a number from 1 to 65535", text);
+    d->name = memcpy(d->host, text, n); /* the struct began zeroed */
     struct addrinfo hints = {.ai_socktype = SOCK_DGRAM}, *list = NULL;
     int r = getaddrinfo(d->host, colon + 1, &hints, &list);
-    if (r != 0) {
-        fail(err, DTLS_ERR_ADDR, "%s: %s", d->host, gai_strerror(r));
-        return 1;
-    }
-    for (struct addrinfo *ai = list; ai && d->addrs_len < CLIENT_ADDRS; ai = ai->ai_next)
+    if (r != 0)
+        return fail(err, DTLS_ERR_SYSTEM, "%s: %s", d->host, gai_strerror(r));
+    for (struct addrinfo *ai = list; ai && d->addrs_len < DIAL_ADDRS; ai = ai->ai_next)
         if (dtls_addr_from_sockaddr(&d->addrs[d->addrs_len], ai->ai_addr, ai->ai_addrlen) == 0)
             d->addrs_len++;
     freeaddrinfo(list);
-    d->name = d->host;
     return 0;
 }
 
-static void dial_try_next(struct dial *d)
+/* Tries the next address that is left of this round. */
+static void dial_go(void *user)
 {
+    struct dial *d = user;
     dtls_error err;
+    if (d->conn || d->stopped)
+        return;
     while (d->addrs_tried < d->addrs_len) {
         dtls_target t = {.peer = d->addrs[d->addrs_tried++], .name = d->name, .session = d->session};
         dtls_conn *c = dtls_endpoint_connect(d->ep, &t, &err);
         if (c) {
             d->tries[d->tries_len++] = c;
             if (d->addrs_tried < d->addrs_len)
-                dtls_timer_set(d->next, STAGGER_MS);
+                dtls_timer_set(d->timer, STAGGER_MS);
             return;
         }
         const char *reason = strstr(err.text, ": "); /* behind the address, which is told anyway */
         snprintf(d->why, sizeof d->why, "%.150s", reason ? reason + 2 : err.text);
     }
-}
-
-/* Nobody answered, or the server is gone. */
-static void dial_failed(struct dial *d)
-{
-    if (!d->again(d->user, d->backoff_ms))
-        return;
-    dtls_timer_set(d->next, d->backoff_ms);
-    d->backoff_ms = d->backoff_ms < BACKOFF_MAX_MS / 2 ? d->backoff_ms * 2 : BACKOFF_MAX_MS;
-}
-
-static void dial_go_on(struct dial *d)
-{
-    dial_try_next(d);
     if (d->tries_len == 0)
-        dial_failed(d);
+        d->failed(d->user);
 }
 
-static void dial_round(struct dial *d)
+/* Goes on after a while, longer each time, with another round if this one is over; returns the milliseconds. */
+static int dial_later(struct dial *d)
 {
-    d->addrs_tried = 0;
-    d->why_final = false;
-    dial_go_on(d);
-}
-
-static void dial_timer(void *user)
-{
-    struct dial *d = user;
-    if (d->conn)
-        return;
-    if (d->addrs_tried < d->addrs_len)
-        dial_go_on(d);
-    else if (d->tries_len == 0)
-        dial_round(d);
+    if (d->addrs_tried == d->addrs_len) {
+        d->addrs_tried = 0;
+        d->why_final = false;
+    }
+    d->backoff_ms = d->backoff_ms == 0 ? BACKOFF_FIRST_MS : d->backoff_ms * 2;
+    d->backoff_ms = d->backoff_ms < BACKOFF_MAX_MS ? d->backoff_ms : BACKOFF_MAX_MS;
+    dtls_timer_set(d->timer, d->backoff_ms);
+    return d->backoff_ms;
 }
 
 static void dial_forget(struct dial *d, const dtls_conn *c)
@@ -4949,147 +4902,55 @@ static void dial_forget(struct dial *d, const dtls_conn *c)
             d->tries[i] = d->tries[--d->tries_len];
 }
 
+/* DTLS_EV_CONNECTED */
 static void dial_connected(struct dial *d, dtls_conn *c)
 {
     dial_forget(d, c);
     d->conn = c;
-    while (d->tries_len > 0) /* the other addresses were slower */
+    while (d->tries_len > 0) /* the other addresses were slower; each comes back through dial_closed() */
         dtls_conn_close(d->tries[0]);
-    d->backoff_ms = BACKOFF_FIRST_MS;
+    d->backoff_ms = 0;
     SSL_SESSION_free(d->session);
     d->session = dtls_conn_session(c);
 }
 
+/* DTLS_EV_CLOSED */
 static void dial_closed(struct dial *d, dtls_conn *c)
 {
-    dtls_reason reason = dtls_conn_reason(c);
     if (!d->why_final) /* of several addresses' reasons, that of a server that answered */
         snprintf(d->why, sizeof d->why, "%s", dtls_conn_reason_text(c));
-    d->why_final = d->why_final || reason == DTLS_CLOSE_VERIFY;
-    if (reason == DTLS_CLOSE_ERROR) {
+    d->why_final = d->why_final || dtls_conn_reason(c) == DTLS_CLOSE_VERIFY;
+    if (dtls_conn_reason(c) == DTLS_CLOSE_ERROR) {
         SSL_SESSION_free(d->session); /* it may be what went wrong */
         d->session = NULL;
     }
-    if (d->conn == c) {
-        d->conn = NULL;
-        dial_failed(d);
+    if (c != d->conn) {
+        dial_forget(d, c);
+        dial_go(d);
         return;
     }
-    dial_forget(d, c);
-    if (!d->conn)
-        dial_go_on(d);
+    d->conn = NULL;
+    if (!d->stopped)
+        d->failed(d->user);
 }
 
-/* The client: what it has from the terminal or from standard input goes to the server that was dialled, and back. */
+/* The client. */
 
 struct client {
     const struct options *options;
     dtls_loop *loop;
-    dtls_endpoint *ep;
     struct dial dial;
+    bool on_terminal; /* then the editor is the input, otherwise the lines */
+    struct editor editor;
     struct lines lines;
-    struct editor *editor; /* NULL: lines from standard input */
-    int probes, status;
+    int probes; /* pings of ours whose pong the user is not shown */
     bool was_connected, greeted, finished;
+    int status;
 };
 
 static bool is_text(const char *data, size_t len, const char *text)
 {
     return len == strlen(text) && memcmp(data, text, len) == 0;
-}
-
-static void client_say(struct client *cl, const char *line)
-{
-    if (cl->editor)
-        editor_say(cl->editor, line, strlen(line));
-    else
-        fprintf(stderr, "%s\n", line);
-}
-
-static void client_log(void *user, dtls_log level, const char *line)
-{
-    struct client *cl = user;
-    if (level <= cl->options->level && !cl->finished)
-        client_say(cl, line);
-}
-
-static void client_report(void *user, dtls_log level, const char *text)
-{
-    struct client *cl = user;
-    client_log(cl, level, text);
-    if (level == DTLS_LOG_ERROR)
-        cl->status = 1;
-}
-
-static void client_finish(struct client *cl, int status)
-{
-    if (cl->finished)
-        return;
-    cl->finished = true; /* what closing logs is no news */
-    cl->status = status > cl->status ? status : cl->status;
-    dtls_loop_stop(cl->loop);
-}
-
-static void client_signal(void *user, int signo)
-{
-    (void)signo;
-    client_finish(user, 0);
-}
-
-static void client_end_of_input(void *user)
-{
-    client_finish(user, 0);
-}
-
-static int client_send(void *user, const char *line, size_t len)
-{
-    struct client *cl = user;
-    int r = cl->dial.conn ? dtls_conn_send(cl->dial.conn, line, len) : DTLS_ERR_STATE;
-    if (r != DTLS_ERR_AGAIN && is_text(line, len, "ping"))
-        cl->probes = 0; /* from now on a pong may be the user's */
-    return r;
-}
-
-static void client_edited(void *user, const char *line, size_t len)
-{
-    struct client *cl = user;
-    char text[64];
-    int r = client_send(cl, line, len);
-    snprintf(text, sizeof text, "%zu bytes, more than %d: not sent", len, DTLS_MESSAGE_MAX);
-    if (r == DTLS_ERR_STATE)
-        client_say(cl, "not connected: not sent");
-    else if (r == DTLS_ERR_SIZE)
-        client_say(cl, text);
-    else if (r != 0)
-        client_say(cl, dtls_strerror(r));
-}
-
-/* On a terminal it dials until its user leaves; otherwise a lost connection is the end. */
-static bool client_again(void *user, int backoff_ms)
-{
-    struct client *cl = user;
-    char text[96];
-    if (cl->editor) {
-        snprintf(text, sizeof text, "reconnecting in %.1f s", backoff_ms / 1000.0);
-        client_log(cl, DTLS_LOG_INFO, text);
-        return true;
-    }
-    fprintf(stderr, "dtls: %s: %s: %s\n", cl->options->addrs[0],
-            cl->was_connected ? "connection lost" : "could not connect", cl->dial.why);
-    client_finish(cl, 1);
-    return false;
-}
-
-static void client_connected(struct client *cl, dtls_conn *c)
-{
-    dtls_info info;
-    dial_connected(&cl->dial, c);
-    cl->probes = 0;
-    cl->greeted = false;
-    cl->was_connected = true;
-    dtls_conn_info(c, &info);
-    if (!cl->editor)
-        lines_connected(&cl->lines, info.age_ms);
 }
 
 /* "hello, ADDR". A zone in it is the server's name of an interface, which means nothing here. */
@@ -5106,81 +4967,120 @@ static bool is_greeting(const char *data, size_t len)
     return dtls_addr_parse(&a, text, NULL) == 0;
 }
 
+static void client_log(void *user, dtls_log level, const char *line)
+{
+    struct client *cl = user;
+    if (level > cl->options->level || cl->finished)
+        return;
+    if (cl->on_terminal)
+        editor_say(&cl->editor, line, strlen(line));
+    else
+        fprintf(stderr, "%s\n", line);
+}
+
+/* The first call decides; what closing logs after it is no news. */
+static void client_finish(struct client *cl, int status)
+{
+    if (cl->finished)
+        return;
+    cl->finished = true;
+    cl->status = status ? status : cl->lines.status;
+    cl->dial.stopped = true;
+    cl->lines.going = false;
+    dtls_loop_stop(cl->loop);
+}
+
+static void client_signal(void *user, int signo)
+{
+    (void)signo;
+    client_finish(user, 0);
+}
+
+static void client_input_end(void *user)
+{
+    struct client *cl = user;
+    char text[64];
+    if (cl->lines.owed) {
+        snprintf(text, sizeof text, "dtls: %u of %lu lines had no answer", cl->lines.owed, cl->lines.count);
+        client_log(cl, DTLS_LOG_WARNING, text);
+    }
+    client_finish(cl, 0);
+}
+
+static int client_send(void *user, const char *line, size_t len)
+{
+    struct client *cl = user;
+    int r = cl->dial.conn ? dtls_conn_send(cl->dial.conn, line, len) : DTLS_ERR_STATE;
+    if (r != DTLS_ERR_AGAIN && is_text(line, len, "ping"))
+        cl->probes = 0; /* from now on a pong may be the user's */
+    return r;
+}
+
+static void client_failed(void *user)
+{
+    struct client *cl = user;
+    char text[96];
+    if (cl->on_terminal) {
+        snprintf(text, sizeof text, "reconnecting in %.1f s", dial_later(&cl->dial) / 1000.0);
+        client_log(cl, DTLS_LOG_INFO, text);
+    } else {
+        fprintf(stderr, "dtls: %s: %s: %s\n", cl->options->addrs[0],
+                cl->was_connected ? "connection lost" : "could not connect", cl->dial.why);
+        client_finish(cl, 1);
+    }
+}
+
+static void client_connected(struct client *cl, dtls_conn *c)
+{
+    dtls_info info;
+    dial_connected(&cl->dial, c);
+    cl->probes = 0;
+    cl->greeted = false;
+    cl->was_connected = true;
+    dtls_conn_info(c, &info);
+    if (!cl->on_terminal)
+        lines_start(&cl->lines, info.age_ms); /* a handshake takes at least two round trips */
+}
+
 static void client_message(struct client *cl, const char *data, size_t len)
 {
+    if (cl->finished)
+        return;
     if (cl->probes > 0 && is_text(data, len, "pong")) {
         cl->probes--;
-        return;
-    }
-    if (cl->editor) {
-        editor_say(cl->editor, data, len);
-        return;
-    }
-    if (!cl->greeted && is_greeting(data, len)) {
+    } else if (cl->on_terminal) {
+        editor_say(&cl->editor, data, len);
+    } else if (!cl->greeted && is_greeting(data, len)) {
         cl->greeted = true;
-        return;
+    } else if (fwrite(data, 1, len, stdout) != len || putchar('\n') == EOF || fflush(stdout) != 0) {
+        client_finish(cl, complain(1, "standard output cannot be written"));
+    } else {
+        lines_answered(&cl->lines);
     }
-    if (fwrite(data, 1, len, stdout) != len || putchar('\n') == EOF || fflush(stdout) != 0) {
-        client_say(cl, "dtls: standard output cannot be written");
-        client_finish(cl, 1);
-        return;
-    }
-    lines_answered(&cl->lines);
 }
 
 static void client_event(dtls_conn *c, dtls_event event, const void *data, size_t len)
 {
     struct client *cl = dtls_endpoint_user(dtls_conn_endpoint(c));
-    if (cl->finished)
-        return;
-    switch (event) {
-    case DTLS_EV_CONNECTED:
+    if (event == DTLS_EV_CONNECTED)
         client_connected(cl, c);
-        break;
-    case DTLS_EV_MESSAGE:
-        if (c == cl->dial.conn)
-            client_message(cl, data, len);
-        break;
-    case DTLS_EV_IDLE:
+    else if (event == DTLS_EV_MESSAGE && c == cl->dial.conn)
+        client_message(cl, data, len);
+    else if (event == DTLS_EV_IDLE)
         cl->probes += dtls_conn_send(c, "ping", 4) == 0;
-        break;
-    case DTLS_EV_CLOSED:
-        cl->lines.connected = cl->lines.connected && c != cl->dial.conn;
+    else if (event == DTLS_EV_CLOSED)
         dial_closed(&cl->dial, c);
-        break;
-    }
-}
-
-static int client_open_editor(struct client *cl)
-{
-    struct editor *e = calloc(1, sizeof *e);
-    if (!e || !editor_open(e)) {
-        free(e);
-        return complain(1, "the terminal cannot be used");
-    }
-    cl->editor = e;
-    e->line = client_edited;
-    e->end = client_end_of_input;
-    e->user = cl;
-    /* macOS does not watch /dev/tty, if that is our input; the output is the same terminal. */
-    if ((!dtls_watch_new(cl->loop, STDIN_FILENO, DTLS_READ, editor_readable, e) &&
-         !dtls_watch_new(cl->loop, STDOUT_FILENO, DTLS_READ, editor_readable, e)) ||
-        dtls_loop_signal(cl->loop, SIGWINCH, editor_resize, e) != 0 ||
-        dtls_loop_signal(cl->loop, SIGTSTP, editor_suspend, e) != 0)
-        return complain(1, "the terminal cannot be watched");
-    return 0;
 }
 
 static int client_open_input(struct client *cl)
 {
     const char *term = getenv("TERM");
-    if (isatty(STDIN_FILENO) && isatty(STDOUT_FILENO) && term && *term && strcmp(term, "dumb") != 0)
-        return client_open_editor(cl);
-    cl->lines.send = client_send;
-    cl->lines.report = client_report;
-    cl->lines.end = client_end_of_input;
-    cl->lines.user = cl;
-    return lines_open(&cl->lines, cl->loop) ? 0 : complain(1, strerror(errno));
+    if (!isatty(STDIN_FILENO) || !isatty(STDOUT_FILENO) || !term || !*term || strcmp(term, "dumb") == 0)
+        return lines_open(&cl->lines, cl->loop) ? 0 : complain(1, strerror(errno));
+    if (!editor_open(&cl->editor))
+        return complain(1, "the terminal cannot be used");
+    cl->on_terminal = true;
+    return editor_watch(&cl->editor, cl->loop) ? 0 : complain(1, "the terminal cannot be watched");
 }
 
 static int client_run(struct client *cl)
@@ -5191,66 +5091,68 @@ static int client_run(struct client *cl)
     cfg.idle_ms = o->keepalive_ms;
     cfg.idle_repeat_ms = probe_ms > 0 ? probe_ms : PROBE_MS;
     cfg.idle_timeout_ms = o->keepalive_ms == DTLS_NEVER ? DTLS_NEVER : o->keepalive_ms + PROBES * probe_ms;
-    cl->ep = program_endpoint(cl->loop, o, &cfg);
-    if (!cl->ep)
+    dtls_endpoint *ep = cl->dial.ep = program_endpoint(cl->loop, o, &cfg);
+    if (!ep)
         return 1;
-    cl->dial.ep = cl->ep;
-    cl->dial.next = dtls_timer_new(cl->loop, dial_timer, &cl->dial);
-    if (!cl->dial.next || !program_signals(cl->loop, client_signal, cl))
+    cl->dial.timer = dtls_timer_new(cl->loop, dial_go, &cl->dial);
+    if (!cl->dial.timer || !program_signals(cl->loop, client_signal, cl))
         return complain(1, strerror(errno));
     if (client_open_input(cl) != 0)
         return 1;
-    dial_round(&cl->dial);
+    dial_go(&cl->dial);
     int status = dtls_loop_run(cl->loop) == 0 ? cl->status : complain(1, strerror(errno));
-    if (o->level == DTLS_LOG_DEBUG && !cl->editor)
-        program_counters(cl->ep);
+    if (o->level == DTLS_LOG_DEBUG && !cl->on_terminal)
+        program_counters(ep);
     return status;
 }
 
-static int client_main(const struct options *o)
+static int client_main(struct options *o)
 {
     dtls_error err;
     struct client *cl = calloc(1, sizeof *cl);
     if (!cl)
         return complain(1, "out of memory");
     cl->options = o;
-    cl->dial.backoff_ms = BACKOFF_FIRST_MS;
-    cl->dial.again = client_again;
+    cl->lines.sink = cl->editor.sink = (struct sink){.send = client_send, .end = client_input_end, .user = cl};
+    cl->dial.failed = client_failed;
     cl->dial.user = cl;
-    int status = dial_resolve(&cl->dial, o->addrs[0], &err);
+    int status, r = dial_resolve(&cl->dial, o->addrs[0], &err);
     if (o->name)
         cl->dial.name = o->name;
-    if (status != 0)
-        complain(status, err.text);
-    else if (!(cl->loop = dtls_loop_new(NULL)))
-        status = complain(1, strerror(errno));
+    cl->loop = r == 0 ? dtls_loop_new(NULL) : NULL;
+    if (r < 0)
+        status = complain(r == DTLS_ERR_ADDR ? EXIT_USAGE : 1, err.text);
     else
-        status = client_run(cl);
-    cl->finished = true;
+        status = cl->loop ? client_run(cl) : complain(1, strerror(errno));
+    cl->finished = cl->dial.stopped = true; /* also where client_run() gave up early */
     dtls_loop_free(cl->loop);
-    if (cl->editor)
-        editor_close(cl->editor);
-    free(cl->editor);
+    if (cl->on_terminal)
+        editor_close(&cl->editor);
     SSL_SESSION_free(cl->dial.session);
     free(cl);
     return status;
 }
 
-static const struct mode modes[] = {
-    {"server", "server", 0, server_main}, {"client", "client", 1, client_main}, {NULL, NULL, 0, NULL}};
+/* Main. */
+
+static const struct mode modes[] = {{.name = "server", .role = "server", .run = server_main},
+                                    {.name = "client", .role = "client", .one_addr = true, .run = client_main},
+                                    {.name = NULL}};
 
 int main(int argc, char **argv)
 {
     struct options o;
     dtls_error err;
+    char list[LIST_BYTES] = "";
     signal(SIGPIPE, SIG_IGN);                   /* nobody reads our log: no reason to stop */
     for (int fd = 0; fd <= STDERR_FILENO; fd++) /* a closed one would become some socket's number */
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0)
             return 1;
     if (options_parse(&o, modes, argc, argv, &err) < 0)
         return complain(EXIT_USAGE, err.text);
+    commands_list(list, sizeof list);
     if (o.help)
-        fputs(usage_text, stdout);
+        printf(usage_text, list);
     else if (o.version)
         printf("dtls %s, %s, %s\n", dtls_version(), OpenSSL_version(OPENSSL_VERSION), BACKEND);
     else
