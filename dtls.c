@@ -3120,12 +3120,12 @@ static void hs_answered(struct association *a, const struct record *r)
         return; /* a repeated one */
     if (random)
         memcpy(a->hello_random, random, HELLO_RANDOM);
+    h->cookies = h->cookies || cookie; /* whatever else came before: somebody may have forged that */
     if (h->state == HS_FLIGHTS || (cookie && h->state == HS_COOKIE))
         return;
     if (h->round_trip_us == 0 || took < h->round_trip_us)
         h->round_trip_us = took;
     h->asked_at = h->step_at = now;
-    h->cookies = h->cookies || cookie;
     hs_become(a, cookie ? HS_COOKIE : HS_FLIGHTS);
 }
 

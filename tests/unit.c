@@ -581,6 +581,29 @@ static void test_claims(void)
     dtls_loop_free(l);
 }
 
+/* A ServerHello that somebody forged ahead of the server's cookie must not take the client its new starts. */
+static void test_answers(void)
+{
+    fake_now = 1000;
+    dtls_loop *l = dtls_loop_new(&(dtls_loop_config){.now_us = fake_clock});
+    dtls_endpoint *ep = make_endpoint(l, (dtls_config){.send = fake_send});
+    struct association *a = begin(ep, false);
+    struct handshake *h = a->handshake;
+    const uint8_t server_hello[12 + 34] = {SERVER_HELLO, 0, 0, 70, 0, 0, 0, 0, 0, 0, 0, 34, 0xfe, 0xfd, 'r'};
+    const uint8_t cookie[12 + 3] = {HELLO_VERIFY_REQUEST, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 3, 0xfe, 0xff, 0};
+    CHECK(hs_be_client(a, a->ssl) && hs_connect(a) && h->state == HS_ASKING);
+    fake_now += 5000;
+    struct record r = rec(TYPE_HANDSHAKE, 0, server_hello, sizeof server_hello);
+    hs_answered(a, &r);
+    CHECK(h->state == HS_FLIGHTS && h->round_trip_us == 5000 && !h->cookies && a->hello_random[0] == 'r');
+    CHECK(hs_stalled_at(a) == INT64_MAX);
+    fake_now += 1000;
+    r = rec(TYPE_HANDSHAKE, 0, cookie, sizeof cookie);
+    hs_answered(a, &r);
+    CHECK(h->state == HS_FLIGHTS && h->round_trip_us == 5000 && h->cookies && hs_stalled_at(a) != INT64_MAX);
+    dtls_loop_free(l);
+}
+
 static int bugs;
 static void count_bugs(void *user, dtls_log level, const char *line)
 {
@@ -1056,6 +1079,7 @@ int main(int argc, char **argv)
                  {"flights", test_flights},
                  {"guard", test_guard},
                  {"claims", test_claims},
+                 {"answers to a ClientHello", test_answers},
                  {"handshake states", test_transitions},
                  {"deadlines", test_deadlines},
                  {"guard, handshake messages", test_guard_messages},
