@@ -1,5 +1,7 @@
 #!/bin/sh
-# Builds everything under sanitizers and runs every test: ./test.sh [all | kqueue] [PROGRAM], or ./test.sh matrix [CELL...]
+# Builds everything under sanitizers and runs every test: ./test.sh [all | kqueue] [PROGRAM [NAME...]], or
+# ./test.sh matrix [CELL...]
+# With NAMEs the program runs only those of its tests whose names contain one of them: ./test.sh edges 'stale cookie'.
 # With "all" everything that is sampled otherwise (simulated worlds, injected faults, fuzzing, floods) runs at full length,
 # and valgrind and coverage besides: about half an hour. With "kqueue" the same tests as without it run on the kqueue
 # backend, which tests/kqueue lets Linux have. With "matrix" they run on other systems, in fresh ones below tests/build, and
@@ -9,6 +11,7 @@ set -u
 cd "$(dirname -- "$0")" || exit 1
 programs='library unit edges keyholder memory loops threads simulate faults fuzz backend dropin e2e peers hostile'
 more='valgrind coverage'
+named='unit edges keyholder memory loops threads fuzz backend e2e peers hostile' # have tests to choose from
 mode=quick
 limit_s=${LIMIT_S:-300} # for each program
 worlds=1000             # simulated with an optimizing compiler, and
@@ -37,9 +40,21 @@ kqueue)
 esac
 case "$# $programs $more " in
 0*) ;;
-1*" $1 "*) programs=$1 ;;
+[1-9]*" $1 "*)
+    programs=$1
+    shift
+    ;;
 *)
-    echo "usage: ./test.sh [all | kqueue] [$(echo "${programs% $more} $more" | tr ' ' '|')], or ./test.sh matrix [CELL...]" >&2
+    echo "usage: ./test.sh [all | kqueue] [PROGRAM [NAME...]], or ./test.sh matrix [CELL...]" >&2
+    echo "PROGRAM is one of ${programs% $more} $more; NAME is a part of a test's name" >&2
+    exit 2
+    ;;
+esac
+case "$# $named " in
+0*) ;;
+*" $programs "*) ;;
+*)
+    echo "test.sh: $programs has no tests to choose from; these have: $named" >&2
     exit 2
     ;;
 esac
@@ -152,25 +167,27 @@ sh certs/certs.sh all >"$scratch/certs.log" 2>&1 || {
 }
 
 run library '' sh tests/library.sh
-run unit tests/build/unit tests/build/unit "$CERTS_DIR"
-run edges tests/build/edges tests/build/edges "$CERTS_DIR"
-run keyholder tests/build/keyholder tests/build/keyholder
-run memory tests/build/memory tests/build/memory "$CERTS_DIR"
-run loops tests/build/loops tests/build/loops "$CERTS_DIR"
-run threads tests/build/threads tests/build/threads "$CERTS_DIR"
+run unit tests/build/unit tests/build/unit "$CERTS_DIR" "$@"
+run edges tests/build/edges tests/build/edges "$CERTS_DIR" "$@"
+run keyholder tests/build/keyholder tests/build/keyholder "$CERTS_DIR" "$@"
+run memory tests/build/memory tests/build/memory "$CERTS_DIR" "$@"
+run loops tests/build/loops tests/build/loops "$CERTS_DIR" "$@"
+run threads tests/build/threads tests/build/threads "$CERTS_DIR" "$@"
 run simulate tests/build/simulate tests/build/simulate $worlds_sanitized
 run simulate tests/build/simulate-fast tests/build/simulate-fast $worlds
 run faults tests/build/faults tests/build/faults "$CERTS_DIR" quick
 [ $mode = quick ] || run faults tests/build/faults-fast sh -c '
     for part in 0 1; do "$0" "$1" all $part 2 & done; wait' tests/build/faults-fast "$CERTS_DIR"
-run fuzz '' sh tests/fuzz.sh $mode
+run fuzz '' sh tests/fuzz.sh $mode "$@"
 for name in $backends; do
-    run backend tests/build/$name tests/build/$name "$CERTS_DIR"
+    # With names: edges has some, loops others.
+    [ $# = 0 ] || [ ! -x tests/build/$name ] || tests/build/$name -l "$@" >/dev/null 2>&1 || continue
+    run backend tests/build/$name tests/build/$name "$CERTS_DIR" "$@"
 done
 run dropin tests/build/dtls env DROPIN_FLAGS="$sanitize" sh tests/dropin.sh
-run e2e tests/build/dtls python3 tests/e2e.py
-run peers tests/build/dtls python3 tests/peers.py
-run hostile tests/build/dtls python3 tests/hostile.py $([ $mode = quick ] || echo --all)
+run e2e tests/build/dtls python3 tests/e2e.py "$@"
+run peers tests/build/dtls python3 tests/peers.py "$@"
+run hostile tests/build/dtls python3 tests/hostile.py $([ $mode = quick ] || echo --all) "$@"
 run valgrind '' sh tests/valgrind.sh tests/build/dtls-plain
 run coverage '' python3 tests/coverage.py "$CERTS_DIR"
 run cross '' sh tests/cross.sh tests/build/matrix/zig

@@ -1,23 +1,13 @@
 /* A peer that is who it says and misbehaves: records that OpenSSL never writes, sealed with the keys of a connection
  * (ECDHE, AES-128-GCM) and handed to one of its ends. Whatever they hold, the connection goes on, or both ends are told
- * once that it is over.
- *
- *   keyholder
- *
- * Time is virtual and datagrams go through memory. */
+ * once that it is over. Time is virtual and datagrams go through memory. check.h says how this runs. */
 #include "virtual.h"
+#include "world.h"
 
 #include <openssl/evp.h>
 #include <openssl/kdf.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
 enum {
-    WIRE_MAX = 64,
-    DATAGRAM_BYTES = 17000,
-    TURN_MS = 10,
-    PATIENCE_TURNS = 1000,
     IDLE_MS = 5000,    /* until an end that was told nothing gives up */
     QUIET_TURNS = 100, /* until libssl's buffers are given back, too */
 
@@ -37,101 +27,6 @@ enum {
     UNKNOWN = 24
 };
 
-struct side {
-    dtls_endpoint *ep;
-    dtls_conn *conn;
-    int connected, closed, messages;
-    dtls_reason reason;
-    char text[160];
-};
-
-static struct datagram {
-    dtls_addr from, to;
-    size_t len;
-    unsigned char data[DATAGRAM_BYTES];
-} wire[WIRE_MAX];
-
-static size_t wire_len;
-static struct side server, client;
-static dtls_addr server_addr, client_addr;
-static dtls_loop *loop;
-static int failed;
-
-static int on_send(void *user, const void *data, size_t len, const dtls_addr *from, const dtls_addr *to)
-{
-    (void)user;
-    if (wire_len == WIRE_MAX || len > DATAGRAM_BYTES)
-        return -1;
-    wire[wire_len] = (struct datagram){.from = *from, .to = *to, .len = len};
-    memcpy(wire[wire_len++].data, data, len);
-    return 0;
-}
-
-static void on_event(dtls_conn *conn, dtls_event event, const void *data, size_t len)
-{
-    struct side *s = dtls_endpoint_user(dtls_conn_endpoint(conn));
-    (void)data, (void)len;
-    s->connected += event == DTLS_EV_CONNECTED;
-    s->messages += event == DTLS_EV_MESSAGE;
-    s->closed += event == DTLS_EV_CLOSED;
-    s->conn = event == DTLS_EV_CLOSED ? NULL : conn;
-    s->reason = dtls_conn_reason(conn);
-    snprintf(s->text, sizeof s->text, "%s", dtls_conn_reason_text(conn));
-}
-
-static int on_context(void *user, SSL_CTX *ctx)
-{
-    struct identity *id = user == &server ? &server_id : &client_id;
-    return on_ssl_ctx(id, ctx) || SSL_CTX_set_cipher_list(ctx, "ECDHE-ECDSA-AES128-GCM-SHA256") != 1;
-}
-
-static void turn(void)
-{
-    for (size_t n = wire_len; n > 0; n--) {
-        struct datagram d = wire[0];
-        memmove(wire, wire + 1, --wire_len * sizeof *wire);
-        dtls_endpoint_input(d.to.port == server_addr.port ? server.ep : client.ep, d.data, d.len, &d.from, &d.to);
-    }
-    now_us += TURN_MS * 1000;
-    dtls_loop_poll(loop, 0);
-}
-
-static int wait_for(const int *count, int value)
-{
-    for (int i = 0; i < PATIENCE_TURNS && *count < value; i++)
-        turn();
-    return *count >= value;
-}
-
-static void open_side(struct side *s)
-{
-    dtls_config cfg = {
-        .send = on_send, .on_event = on_event, .on_ssl_ctx = on_context, .user = s, .idle_timeout_ms = IDLE_MS};
-    dtls_error err;
-    memset(s, 0, sizeof *s);
-    s->ep = dtls_endpoint_new(loop, &cfg, &err);
-    if (!s->ep) {
-        printf("not ok - keyholder endpoint: %s\n", err.text);
-        exit(1);
-    }
-}
-
-static void start(void)
-{
-    loop = dtls_loop_new(&(dtls_loop_config){.now_us = virtual_now});
-    open_side(&server);
-    open_side(&client);
-    dtls_endpoint_listen(server.ep, NULL, NULL);
-    dtls_target t = {.peer = server_addr, .local = client_addr, .name = "localhost"};
-    if (!dtls_endpoint_connect(client.ep, &t, NULL) || !wait_for(&client.connected, 1) ||
-        !wait_for(&server.connected, 1)) {
-        printf("not ok - keyholder handshake\n");
-        exit(1);
-    }
-    for (int i = 0; i < QUIET_TURNS; i++)
-        turn();
-}
-
 /* RFC 5246 section 6.3: the keys of both sides, then their implicit nonces; the client's come first. */
 static void derive(SSL *ssl, unsigned char block[2 * (KEY + IV)])
 {
@@ -141,13 +36,11 @@ static void derive(SSL *ssl, unsigned char block[2 * (KEY + IV)])
     SSL_get_server_random(ssl, seed, RANDOM);
     SSL_get_client_random(ssl, seed + RANDOM, RANDOM);
     EVP_PKEY_CTX *prf = EVP_PKEY_CTX_new_id(EVP_PKEY_TLS1_PRF, NULL);
-    if (EVP_PKEY_derive_init(prf) != 1 || EVP_PKEY_CTX_set_tls1_prf_md(prf, EVP_sha256()) != 1 ||
-        EVP_PKEY_CTX_set1_tls1_prf_secret(prf, master, MASTER) != 1 ||
-        EVP_PKEY_CTX_add1_tls1_prf_seed(prf, (const unsigned char *)"key expansion", 13) != 1 ||
-        EVP_PKEY_CTX_add1_tls1_prf_seed(prf, seed, sizeof seed) != 1 || EVP_PKEY_derive(prf, block, &n) != 1) {
-        printf("not ok - keyholder keys\n");
-        exit(1);
-    }
+    REQUIRE(EVP_PKEY_derive_init(prf) == 1 && EVP_PKEY_CTX_set_tls1_prf_md(prf, EVP_sha256()) == 1 &&
+                EVP_PKEY_CTX_set1_tls1_prf_secret(prf, master, MASTER) == 1 &&
+                EVP_PKEY_CTX_add1_tls1_prf_seed(prf, (const unsigned char *)"key expansion", 13) == 1 &&
+                EVP_PKEY_CTX_add1_tls1_prf_seed(prf, seed, sizeof seed) == 1 && EVP_PKEY_derive(prf, block, &n) == 1,
+            "keys");
     EVP_PKEY_CTX_free(prf);
 }
 
@@ -245,41 +138,43 @@ static int ended(const struct attack *a, const struct side *to)
     int both = wait_for(&server.closed, 1) && wait_for(&client.closed, 1);
     for (int i = 0; i < QUIET_TURNS; i++)
         turn();
-    return both && server.closed == 1 && client.closed == 1 && to->text[0] &&
+    return both && server.closed == 1 && client.closed == 1 && to->reason_text[0] &&
            (a->outcome == EITHER || to->reason == a->reason);
 }
 
-static void test(const struct attack *a)
+static void test_attack(const struct attack *a)
 {
+    const dtls_config cfg = {.idle_timeout_ms = IDLE_MS};
     struct side *to = a->to_client ? &client : &server;
     dtls_info info = {.silent_ms = -1};
-    start();
+    server.ciphers = client.ciphers = "ECDHE-ECDSA-AES128-GCM-SHA256";
+    start(cfg, cfg);
+    REQUIRE(connected(), "handshake");
+    for (int i = 0; i < QUIET_TURNS; i++)
+        turn();
     launch(a, to);
-    int good = to->messages == a->messages;
+    int messages = to->messages;
     if (a->type == DATA && a->outcome == LIVES) { /* authentic, so the peer counts as alive */
         if (to->conn)
             dtls_conn_info(to->conn, &info);
-        good = good && info.silent_ms == 0;
+        CHECK(info.silent_ms == 0);
     }
     for (int i = 0; i < QUIET_TURNS; i++)
         turn();
-    int over = server.closed > 0 || client.closed > 0;
-    good = good && (over ? a->outcome != LIVES && ended(a, to) : a->outcome != ENDS && lives());
-    printf("%s - keyholder %s%s%s\n", good ? "ok" : "not ok", a->what, over ? ": " : "", over ? to->text : "");
-    failed |= !good;
-    dtls_loop_free(loop);
-    wire_len = 0;
+    bool over = server.closed > 0 || client.closed > 0;
+    CHECK(over ? a->outcome != LIVES && ended(a, to) : a->outcome != ENDS && lives());
+    CHECK_EQ(messages, a->messages, "%s", over ? to->reason_text : "lives");
+    stop();
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
-    setvbuf(stdout, NULL, _IOLBF, 0);
+    tests_begin("keyholder", argc, argv);
     virtual_chance();
     virtual_identities();
-    dtls_addr_parse(&server_addr, "192.0.2.1:4444", NULL);
-    dtls_addr_parse(&client_addr, "192.0.2.2:5555", NULL);
     for (size_t i = 0; i < sizeof attacks / sizeof *attacks; i++)
-        test(&attacks[i]);
+        if (test_begin(attacks[i].what))
+            test_attack(&attacks[i]);
     virtual_identities_free();
-    return failed;
+    return tests_end();
 }

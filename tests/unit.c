@@ -1,35 +1,13 @@
-/* Unit tests of the parts that nothing outside dtls.c can reach: they see its static functions by including it.
- *
- *   unit CERTS_DIR
- */
+/* Unit tests of the parts that nothing outside dtls.c can reach: they see its static functions by including it. check.h
+ * says how this runs. */
 #define DTLS_MAIN
 #define main program_main
 #include "../dtls.c"
 #undef main
 
+#include "check.h"
+
 #include <pthread.h>
-
-static int failed, checked;
-
-/* One line for each test; the first check that fails names it. */
-static const char *test_name;
-
-static void check_at(int good, int line, const char *text)
-{
-    checked++;
-    if (good)
-        return;
-    printf("not ok - unit %s: line %d: %s\n", test_name, line, text);
-    failed++;
-}
-
-#define CHECK(condition) check_at((condition) ? 1 : 0, __LINE__, #condition)
-
-static void done(int failed_before)
-{
-    if (failed == failed_before)
-        printf("ok - unit %s\n", test_name);
-}
 
 /* ---- addresses ---- */
 
@@ -1062,46 +1040,37 @@ static void test_greeting(void)
 
 int main(int argc, char **argv)
 {
-    const struct {
-        const char *name;
-        void (*run)(void);
-    } tests[] = {{"addresses", test_addresses},
-                 {"address forms", test_address_forms},
-                 {"siphash", test_siphash},
-                 {"timer heap", test_timer_heap},
-                 {"timers", test_timers},
-                 {"descriptors freed in callbacks", test_watches},
-                 {"posts from another thread", test_posts},
-                 {"signals", test_signals},
-                 {"loop in a callback", test_loop_nesting},
-                 {"bio", test_bio},
-                 {"record headers", test_records},
-                 {"flights", test_flights},
-                 {"guard", test_guard},
-                 {"claims", test_claims},
-                 {"answers to a ClientHello", test_answers},
-                 {"handshake states", test_transitions},
-                 {"deadlines", test_deadlines},
-                 {"guard, handshake messages", test_guard_messages},
-                 {"cookies", test_cookies},
-                 {"connection table", test_table},
-                 {"sockets alone", test_sockets},
-                 {"send queue", test_backlog},
-                 {"configuration", test_config},
-                 {"commands", test_commands},
-                 {"options", test_options},
-                 {"editor keys", test_editor_keys},
-                 {"greeting", test_greeting}};
-    if (argc != 2)
-        return 2;
-    certs = argv[1];
-    setvbuf(stdout, NULL, _IOLBF, 0);
-    for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
-        int before = failed;
-        test_name = tests[i].name;
-        tests[i].run();
-        done(before);
-    }
-    printf("# unit: %d checks\n", checked);
-    return failed > 0;
+    static const struct test tests[] = {
+        {"addresses", test_addresses},
+        {"address forms", test_address_forms},
+        {"siphash", test_siphash},
+        {"timer heap", test_timer_heap},
+        {"timers", test_timers},
+        {"descriptors freed in callbacks", test_watches},
+        {"posts from another thread", test_posts},
+        {"signals", test_signals},
+        {"loop in a callback", test_loop_nesting},
+        {"bio", test_bio},
+        {"record headers", test_records},
+        {"flights", test_flights},
+        {"guard", test_guard},
+        {"claims", test_claims},
+        {"answers to a ClientHello", test_answers},
+        {"handshake states", test_transitions},
+        {"deadlines", test_deadlines},
+        {"guard, handshake messages", test_guard_messages},
+        {"cookies", test_cookies},
+        {"connection table", test_table},
+        {"sockets alone", test_sockets},
+        {"send queue", test_backlog},
+        {"configuration", test_config},
+        {"commands", test_commands},
+        {"options", test_options},
+        {"editor keys", test_editor_keys},
+        {"greeting", test_greeting},
+    };
+    int status = RUN_TESTS("unit", tests, argc, argv);
+    if (checks > 0)
+        printf("# unit: %d checks\n", checks);
+    return status;
 }
