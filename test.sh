@@ -9,7 +9,7 @@
 # exit status is 1 if anything failed, or if nothing passed. LIMIT_S seconds (300) are a program's limit without "all".
 set -u
 cd "$(dirname -- "$0")" || exit 1
-programs='library unit edges keyholder memory loops threads simulate faults fuzz backend dropin e2e peers hostile'
+programs='library unit edges keyholder memory loops threads simulate faults fuzz backend dropin e2e peers hostile bench'
 more='valgrind coverage'
 named='unit edges keyholder memory loops threads fuzz backend e2e peers hostile' # have tests to choose from
 mode=quick
@@ -188,6 +188,7 @@ run dropin tests/build/dtls env DROPIN_FLAGS="$sanitize" sh tests/dropin.sh
 run e2e tests/build/dtls python3 tests/e2e.py "$@"
 run peers tests/build/dtls python3 tests/peers.py "$@"
 run hostile tests/build/dtls python3 tests/hostile.py $([ $mode = quick ] || echo --all) "$@"
+run bench '' sh tests/bench_smoke.sh
 run valgrind '' sh tests/valgrind.sh tests/build/dtls-plain
 run coverage '' python3 tests/coverage.py "$CERTS_DIR"
 run cross '' sh tests/cross.sh tests/build/matrix/zig

@@ -116,10 +116,41 @@ def address_not_of_this_machine(t):
     check("192.0.2.1:1234" in line, f"says {line!r}")
 
 
+def one_too_many(t, server):
+    """A client that a full server does not answer, as the network between them sees it."""
+    relay = t.relay(server)
+    client = t.client(relay)
+    wait_until(lambda: len(relay.log) > 3, "four ClientHellos of a client that is not answered")
+    equal([d for d in list(relay.log) if not d.to_server], [], "answers of a full server")
+    equal(client.err.count("connected:"), 0, "connections of a client too many")
+    client.stop()
+
+
 @test
 def options_with_equals_sign(t):
-    server = t.server("--idle-timeout=60", "--max-clients=7", "--mtu=1400")
-    t.ping(server, "--keepalive=2.5", "--mtu=1400", f"--ca={CERTS}/ca.pem", "--name=localhost")
+    """Each value must be seen to take effect."""
+    server = t.server("--idle-timeout=1.5", "--max-clients=1", "--mtu=600")
+    relay = t.relay(server)
+    silent = t.client(relay, "--keepalive=0", "--mtu=500", f"--ca={CERTS}/ca.pem", "--name=localhost")
+    silent.connected()
+    for to_server, mtu in ((True, 500), (False, 600)):
+        largest = max(len(datagram.data) for datagram in relay.handshake(to_server))
+        check(mtu - 200 < largest <= mtu - IP_UDP_BYTES, f"largest datagram of a handshake at MTU {mtu}: {largest}")
+    server.err.wait("closed: idle for 1[.]")
+    silent.exits(1)  # it is told
+
+    relay = t.relay(server)
+    lively = t.client(relay, "--keepalive=0.3")
+    lively.connected()
+    wait_until(lambda: sum(d.to_server and d.data[:1] == b"\x17" for d in list(relay.log)) > 6, "seven pings of a client that is silent for 0.3 s each time")
+    equal(server.err.count("closed: idle"), 1, "clients that the server found idle")
+    one_too_many(t, server)
+    lively.ends()
+
+    server = t.server()
+    for option, reason in ((f"--ca={t.other_authority().pem}", UNKNOWN_ISSUER),
+                           ("--name=elsewhere.example", "certificate refused: [Hh]ostname mismatch$")):
+        t.client(server, option, stdin=b"ping\n").exits(1).err.wait(f"handshake failed: {reason}")
 
 
 @test
@@ -551,13 +582,9 @@ def max_clients(t):
     first, second = t.client(server), t.client(server)
     for client in (first, second):
         client.connected()
-    third = t.client(server)
-    time.sleep(1.5)  # several of its ClientHellos
+    one_too_many(t, server)
     for client in (first, second):
         client.ask("ping", "pong")
-    equal(third.err.count("connected:"), 0, "connections of the third client")
-    third.send_signal(signal.SIGTERM)
-    third.expected = third.reap(PROMPT)  # given up or stopped, both are fine
     first.ask("stats", "users: 2")
     second.ends()
     server.err.wait("closed: closed by the peer$")

@@ -29,7 +29,9 @@ HELLOS = 1000000 if ALL else 100000  # in a flood
 SEEDS = range(1, 6 if ALL else 3)  # of lossy and forging networks
 SOURCES = 250  # sockets of a flood, each with an address of its own
 GROWTH_KB = 1024  # what the allocator may keep back: a connection alone takes 40
-CONNECT_S = 2.0  # a real client gets in within this time, whatever goes on
+CONNECT_S = 2.0  # a real client gets in within this time, whatever goes on, and 20 times what it takes in quiet
+MEDIAN_S = 1.5  # of handshakes through heavy loss, and ten times what they take without
+ECHO_S = 1.0  # for an echo, and 20 times what it takes in quiet
 DEADLINE_S = 30  # of a handshake
 CONNECTED = re.compile(r"^connected (\d+) of \d+(?:, median ([\d.]+) s, slowest ([\d.]+) s)?$", re.M)
 ALIVE = re.compile(r"^alive (\d+) of \d+, answered (\d+) of (\d+)(?:, median ([\d.]+) ms, slowest ([\d.]+) ms)?$", re.M)
@@ -123,10 +125,14 @@ def counters(server):
     return found
 
 
-def connects_in(t, server):
+def took(function, *arguments):
     began = time.monotonic()
-    t.ping(server)
+    function(*arguments)
     return time.monotonic() - began
+
+
+def connects_in(t, server):
+    return took(t.ping, server)
 
 
 # ---- floods ----------------------------------------------------------------------------------------------------------
@@ -179,7 +185,7 @@ class Flood(threading.Thread):
 
 def while_flooded(t, server, make, count):
     """A flood of that many datagrams, with real clients all along, who must get in while the server must not grow."""
-    t.ping(server)
+    patience = CONNECT_S + 20 * connects_in(t, server)  # a busy machine takes longer for both
     before = rss_kb(server)
     flood = Flood(server, make, count)
     slowest = 0.0
@@ -189,7 +195,7 @@ def while_flooded(t, server, make, count):
     growth = rss_kb(server) - before
     say(f"{t.name}: {flood.sent} sent, {flood.received} answers, {flood.received_bytes / flood.sent_bytes:.2f} bytes "
         f"for each, server {growth:+} KB; meanwhile a real client was through within {slowest:.2f} s")
-    check(slowest < CONNECT_S, f"a real client took {slowest:.1f} s")
+    check(slowest < patience, f"a real client took {slowest:.1f} s, more than {patience:.1f}")
     check(growth < GROWTH_KB, f"the server grew by {growth} KB")
     return flood
 
@@ -333,6 +339,7 @@ def handshakes_and_connections_among_forgeries(t):
 def peers_that_stop_in_each_state(t):
     """Small datagrams make many states: after how many of them one side falls silent. All at once: one deadline."""
     server = t.server("--mtu", "256", "--idle-timeout", "5")
+    patience = CONNECT_S + 20 * connects_in(t, server)
     stopped = {}
     for side in (True, False):
         for passed in range(1, 12):
@@ -340,8 +347,8 @@ def peers_that_stop_in_each_state(t):
             relay.quota[side] = passed
             stopped[side, passed] = relay, t.client(relay, "--mtu", "256")
     for _ in range(3):
-        took = connects_in(t, server)
-        check(took < CONNECT_S, f"a client took {took:.1f} s to get in beside them")
+        seconds = connects_in(t, server)
+        check(seconds < patience, f"a client took {seconds:.1f} s to get in beside them, more than {patience:.1f}")
     for (side, passed), (relay, client) in stopped.items():
         status = client.reap(DEADLINE_S + 20)
         client.expected = status
@@ -366,17 +373,15 @@ def broadcasts_to_peers_that_do_not_read(t):
     reader, writer = t.client(server), t.client(server)
     for client in (reader, writer):
         client.ask("ping", "pong")
-    before, slowest = rss_kb(server), 0.0
+    before, slowest, patience = rss_kb(server), 0.0, ECHO_S + 20 * took(reader.ask, "echo quiet", "quiet")
     for n in range(40 if ALL else 15):
         text = f"{n} " + "x" * (MESSAGE_MAX - 10)
         writer.send(f"bc {text}")
         writer.out.wait_line(text)
-        began = time.monotonic()
-        reader.ask(f"echo {n}", str(n))
-        slowest = max(slowest, time.monotonic() - began)
+        slowest = max(slowest, took(reader.ask, f"echo {n}", str(n)))
     growth = rss_kb(server) - before
     say(f"broadcasts of 16 KB beside 10 clients that do not read: server {growth:+} KB, an echo within {slowest:.2f} s")
-    check(slowest < 1, f"an echo took {slowest:.1f} s")
+    check(slowest < patience, f"an echo took {slowest:.1f} s, more than {patience:.1f}")
     check(growth < 1024 + GROWTH_KB, f"the server grew by {growth} KB")
     for client in sleepers:
         client.send_signal(signal.SIGCONT)
@@ -388,7 +393,7 @@ def flood_of_valid_messages(t):
     """The kernel's socket buffer is everybody's: what does not fit is lost, whoever sent it. Nobody waits, though."""
     server = fast_server(t)
     quiet = crowd(t, server, 5, 3)
-    _, answered_quiet, sent_quiet, median_quiet, _ = alive(quiet, 20)
+    _, answered_quiet, sent_quiet, median_quiet, slowest_quiet = alive(quiet, 20)
     flooder = crowd(t, server, 1, 8, "flood")
     connected(flooder)
     beside = crowd(t, server, 5, 3)
@@ -396,7 +401,8 @@ def flood_of_valid_messages(t):
     say(f"a client floods: beside it {answered} of {sent} pings answered, median {median:.2f} ms against "
         f"{median_quiet:.2f} ms in quiet ({answered_quiet} of {sent_quiet}), slowest {slowest:.0f} ms")
     check(sent > 0 and answered >= 0.3 * sent, f"{answered} of {sent} pings answered beside a flood")
-    check(slowest < 1000, f"an answer took {slowest:.0f} ms beside a flood")
+    patience = 1000 * ECHO_S + 20 * slowest_quiet
+    check(slowest < patience, f"an answer took {slowest:.0f} ms beside a flood, more than {patience:.0f}")
     equal(living, 5, "clients alive beside a flood")
     for one in (quiet, beside, flooder):
         one.exits(0)
@@ -432,9 +438,12 @@ def loss_of_10_percent(t):
 @test(alone=True)
 def loss_of_30_percent(t):
     for seed in SEEDS:
+        quiet, patience = crowd(t, fast_server(t), 60), MEDIAN_S
+        patience += 10 * connected(quiet)[1]
+        quiet.exits(0)
         in_, median = crowd_through(t, 30, seed)
         equal(in_, 60, f"handshakes within 30 s, seed {seed}")
-        check(median < 1.5, f"the median handshake took {median:.2f} s, seed {seed}")
+        check(median < patience, f"the median handshake took {median:.2f} s, more than {patience:.2f}, seed {seed}")
 
 
 if __name__ == "__main__":

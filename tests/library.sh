@@ -1,7 +1,8 @@
 #!/bin/sh
 # What whoever drops the two files into a project relies on: they compile as they are, without a warning whatever the
 # optimization, and work with it; the names they export are their own, the library neither prints nor exits nor needs the
-# program's line editor, and the header suits C and C++. Prints the size, too. CERTS_DIR has certificates.
+# program's line editor, and the header suits C and C++. And what those rely on who read dtls.c: that its parts are what its
+# head says. Prints the size, too. CERTS_DIR has certificates.
 set -u
 cc=${CC:-cc}
 cxx=${CXX:-c++}
@@ -79,3 +80,4 @@ if $cxx --version >/dev/null 2>&1; then
 else
     echo 'skip - header alone is C++17: no C++ compiler'
 fi
+python3 tests/structure.py
