@@ -17,6 +17,8 @@ process of ours must then have ended with the status that was expected, and no s
 import atexit
 import collections
 import fcntl
+import heapq
+import itertools
 import os
 import pathlib
 import pty
@@ -510,13 +512,14 @@ IP_UDP_BYTES = 28
 
 
 class Relay(threading.Thread):
-    """A UDP relay in front of a server on IPv4, that can lose, block, size up, record and forge.
+    """A UDP relay in front of a server on IPv4, that can lose, block, double, delay, damage, size up, record and forge,
+    and repeats its chance from a seed. It adds about a millisecond to each round trip.
 
     Each client gets a socket of its own towards the server; with one_port all share one, as behind a NAT or as a
     client that comes back on its old port: answers go to whoever spoke last. Errors of the network (ICMP) end here.
     """
 
-    def __init__(self, case, server, one_port=False, seed=1):
+    def __init__(self, case, server, one_port=False, seed=1, **what):
         super().__init__(daemon=True)
         self.server = split_addr(server.addr if isinstance(server, Server) else server)
         self.one_port = one_port
@@ -526,18 +529,24 @@ class Relay(threading.Thread):
         self.addr = "127.0.0.1:%d" % self.front.getsockname()[1]
         self.up = {}  # client's address: socket towards the server
         self.clients = {}  # socket towards the server: client's address
+        self.number = itertools.count()
         self.log = []  # every Datagram that came, lost or not
-        self.lost = 0
-        self.late = collections.deque()  # under way: (due, socket, data, to)
+        self.did = collections.Counter()  # what happened to how many
+        self.late = []  # under way, a heap: (due, number, socket, data, to)
         # What may be changed at any time:
         self.blocked = False
-        self.loss = 0.0
-        self.delay = 0.0  # seconds each way
+        self.loss = self.twice = self.straying = self.damage = 0.0  # shares; straying ones are late by so much:
+        self.stray = (0.005, 0.08)
+        self.delay = 0.0  # seconds each way, for all
+        self.forging = 0.0  # share of the datagrams before which a forged one goes, made by
+        self.forger = None  # this: (chance, the real one, counter of kinds) -> bytes
+        self.forged = collections.Counter()
         self.limit = 65535  # payload bytes; larger datagrams vanish
         self.quota = {True: None, False: None}  # so many more datagrams pass to the server, and back; None: all
         self.to_server_first = []  # forged datagrams that go ahead of each real one
         self.to_client_first = []
         self.waker, self.wakee = socket.socketpair()
+        vars(self).update(what)
         case.relays.append(self)
         self.start()
 
@@ -580,24 +589,44 @@ class Relay(threading.Thread):
             self.clients[up] = client
             return up
 
+    def happens(self, share, what=None):
+        """By chance, which is only asked where it matters."""
+        happens = share > 0 and self.random.random() < share
+        if happens and what:
+            self.did[what] += 1
+        return happens
+
+    def damaged(self, data):
+        """One in four is cut short, in the others a bit flips."""
+        place = self.random.randrange(len(data))
+        if self.random.random() < 0.25:
+            return data[:place]
+        return data[:place] + bytes([data[place] ^ 1 << self.random.randrange(8)]) + data[place + 1:]
+
     def pass_on(self, datagram, sock, to, forged):
         with self.lock:
             self.log.append(datagram)
-            if (self.blocked or len(datagram.data) > self.limit or self.random.random() < self.loss or
-                    self.quota[datagram.to_server] == 0):
-                self.lost += 1
+            if self.happens(self.forging):
+                self.send(sock, self.forger(self.random, datagram.data, self.forged), to)
+            if (self.blocked or len(datagram.data) > self.limit or self.quota[datagram.to_server] == 0 or
+                    self.happens(self.loss)):
+                self.did["lost"] += 1
                 return
             if self.quota[datagram.to_server]:
                 self.quota[datagram.to_server] -= 1
-            for data in [*forged, datagram.data]:
-                if self.delay:
-                    self.late.append((datagram.when + self.delay, sock, data, to))
+            data = datagram.data
+            if data and self.happens(self.damage, "damaged"):
+                data = self.damaged(data)
+            for one in [*forged, data, *([data] if self.happens(self.twice, "doubled") else [])]:
+                delay = self.delay + (self.random.uniform(*self.stray) if self.happens(self.straying, "late") else 0)
+                if delay:
+                    heapq.heappush(self.late, (datagram.when + delay, next(self.number), sock, one, to))
                 else:
-                    self.send(sock, data, to)
+                    self.send(sock, one, to)
 
     def deliver_late(self):
         while self.late and self.late[0][0] <= time.monotonic():
-            self.send(*self.late.popleft()[1:])
+            self.send(*heapq.heappop(self.late)[2:])
 
     @staticmethod
     def send(sock, data, to):
@@ -634,7 +663,7 @@ class Relay(threading.Thread):
 
     def details(self):
         there = sum(datagram.to_server for datagram in self.log)
-        yield f"relay {self.addr}: {there} datagrams there, {len(self.log) - there} back, {self.lost} lost"
+        yield f"relay {self.addr}: {there} datagrams there, {len(self.log) - there} back, {dict(self.did)}"
         for datagram in self.log[-12:]:
             way = "->" if datagram.to_server else "<-"
             when = datagram.when - self.log[0].when

@@ -416,7 +416,7 @@ def client_through_loss(t, peer):
         client.says(peer.connected, timeout=LOSS_WAIT)
         relay.loss = 0
         client.ask("ping", "pong")
-    check(sum(relay.lost for relay in relays), f"nothing was lost with the seeds {LOSS_SEEDS}")
+    check(sum(relay.did["lost"] for relay in relays), f"nothing was lost with the seeds {LOSS_SEEDS}")
 
 
 # ---- tests: our client, their server ---------------------------------------------------------------------------------
@@ -495,7 +495,7 @@ def server_through_loss(t, peer):
         client.err.name += f" (seed {seed})"
         client.connected(timeout=LOSS_WAIT)
         client.ends()
-    check(sum(relay.lost for relay in relays), f"nothing was lost with the seeds {LOSS_SEEDS}")
+    check(sum(relay.did["lost"] for relay in relays), f"nothing was lost with the seeds {LOSS_SEEDS}")
 
 
 @with_each(GNUTLS)

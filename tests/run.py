@@ -1,6 +1,6 @@
 """Runs one test program: run.py LOG SECONDS NAME COMMAND...
 
-Passes on what the program prints and keeps a copy in LOG. Where the program fails without a "not ok" of its own (it dies,
+Passes on what the program prints and keeps a copy in LOG, and says how long it took. Where the program fails without a "not ok" of its own (it dies,
 a sanitizer reports, time is up, there is no result at all), this adds one. What the program started and left running in
 its process group ends with it, also when we are interrupted.
 """
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 GRACE_S = 30
 RESULTS = (b"ok - ", b"not ok - ", b"skip - ")
@@ -65,7 +66,9 @@ def main():
                 out.write(line)
                 out.flush()
 
+        began = time.monotonic()
         status = run(command, float(seconds), emit)
+        emit(f"# {name}: {time.monotonic() - began:.0f} s\n".encode())
         failure = None
         if status is None:
             failure = f"not done after {seconds} s"
