@@ -58,8 +58,10 @@ optimized() { # flags...
 optimized -Os
 optimized -O3
 echo 'int main(void) { return 0; }' >"$scratch/try.c"
-if $cc -O2 -flto -o "$scratch/try" "$scratch/try.c" >/dev/null 2>&1; then
-    optimized -O3 -flto # sees both files at once
+lto=-flto=auto # GCC has a remark on how many processes it takes, unless told; others know no such word
+$cc $lto -o "$scratch/try" "$scratch/try.c" >/dev/null 2>&1 || lto=-flto
+if $cc -O2 $lto -o "$scratch/try" "$scratch/try.c" >/dev/null 2>&1; then
+    optimized -O3 $lto # sees both files at once
 else
     echo 'skip - dtls.c works, compiled without a warning, with -O3 -flto: not with this compiler'
 fi
