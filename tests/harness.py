@@ -946,6 +946,8 @@ def main():
     atexit.register(clean_up)
     if not os.environ.get("CERTS_DIR"):
         FOLDERS.add(CERTS)
+    if not chosen:
+        sys.exit(f"{PROGRAM}: no test has such a name; -l lists them")
     if "-l" in sys.argv:
         print("\n".join(one.name for one in chosen))
         return 0

@@ -285,8 +285,6 @@ static void test_loop_nesting(void)
 
 /* ---- endpoint, BIO, guard ---- */
 
-static const char *certs;
-
 static dtls_endpoint *make_endpoint(dtls_loop *l, dtls_config cfg)
 {
     char cert[512], key[512], ca[512];
