@@ -3,7 +3,7 @@
 # ./test.sh matrix [CELL...]
 # With NAMEs the program runs only those of its tests whose names contain one of them: ./test.sh edges 'stale cookie'.
 # With "all" everything that is sampled otherwise (simulated worlds, injected faults, fuzzing, floods) runs at full length,
-# and valgrind and coverage besides: about half an hour. With "kqueue" the same tests as without it run on the kqueue
+# and valgrind and coverage besides: about 20 minutes. With "kqueue" the same tests as without it run on the kqueue
 # backend, which tests/kqueue lets Linux have. With "matrix" they run on other systems, in fresh ones below tests/build, and
 # dtls.c is compiled for systems that are not at hand: two hours, as root on Debian. The last line counts the results; the
 # exit status is 1 if anything failed, or if nothing passed. LIMIT_S seconds (300) are a program's limit without "all".
