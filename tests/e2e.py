@@ -126,23 +126,30 @@ def one_too_many(t, server):
     client.stop()
 
 
-@test
+def found_idle(server, seconds, who=r"\S+"):
+    """The server ended a silent peer, never too early; how late, a busy machine decides."""
+    after = float(server.err.wait(rf"^{who} closed: idle for ([\d.]+) s$")[1])
+    check(after >= seconds, f"a peer was ended after {after} s instead of {seconds}")
+
+
+@test(slow=True)
 def options_with_equals_sign(t):
     """Each value must be seen to take effect."""
-    server = t.server("--idle-timeout=1.5", "--max-clients=1", "--mtu=600")
+    server = t.server("--idle-timeout=2.5", "--max-clients=1", "--mtu=600")
     relay = t.relay(server)
     silent = t.client(relay, "--keepalive=0", "--mtu=500", f"--ca={CERTS}/ca.pem", "--name=localhost")
     silent.connected()
     for to_server, mtu in ((True, 500), (False, 600)):
         largest = max(len(datagram.data) for datagram in relay.handshake(to_server))
         check(mtu - 200 < largest <= mtu - IP_UDP_BYTES, f"largest datagram of a handshake at MTU {mtu}: {largest}")
-    server.err.wait("closed: idle for 1[.]")
+    found_idle(server, 2.5)
     silent.exits(1)  # it is told
 
     relay = t.relay(server)
     lively = t.client(relay, "--keepalive=0.3")
     lively.connected()
-    wait_until(lambda: sum(d.to_server and d.data[:1] == b"\x17" for d in list(relay.log)) > 6, "seven pings of a client that is silent for 0.3 s each time")
+    wait_until(lambda: sum(d.to_server and d.data[:1] == b"\x17" for d in list(relay.log)) > 10,
+               "eleven pings of a client that is silent for 0.3 s each time")
     equal(server.err.count("closed: idle"), 1, "clients that the server found idle")
     one_too_many(t, server)
     lively.ends()
@@ -228,7 +235,7 @@ def what_others_broadcast_does_not_keep_a_pipe(t):
     began = time.monotonic()
     while piped.running():
         noisy.send("bc noise")
-        check(time.monotonic() - began < 5, "still there after 5 s")
+        check(time.monotonic() - began < WAIT, f"still there after {WAIT:g} s")
         time.sleep(0.05)
     piped.exits(0)
     check("pong" in piped.out.lines(), f"no pong in {piped.out.text!r}")
@@ -520,11 +527,10 @@ def killed_client_leaves_stats(t):
     watcher.ask("stats", "users: 2")
     victim.kill()
     killed = time.monotonic()
-    while server.err.count("closed: ") == 0 and time.monotonic() < killed + 5:  # its asking keeps the watcher alive
+    while server.err.count("closed: ") == 0 and time.monotonic() < killed + WAIT:  # its asking keeps the watcher alive
         watcher.ask("ping", "pong")
         time.sleep(0.1)
-    server.err.wait_line(f"{addr} closed: idle for 2.0 s", timeout=0.1)
-    check(1 < time.monotonic() - killed < 4, f"left after {time.monotonic() - killed:.1f} s")
+    found_idle(server, 2, re.escape(addr))
     watcher.ask("stats", "users: 1")
 
 
@@ -536,17 +542,17 @@ def idle_timeout_and_keepalive_off(t):
     endless = t.server("--idle-timeout", "0")
     idler = t.client(endless, "--keepalive", "0")
     idler.connected()
-    server.err.wait("closed: idle for 1.0 s$")
+    found_idle(server, 1)
     client.exits(1, timeout=PROMPT)
     idler.ask("ping", "pong")
 
 
 @test(slow=True)
 def keepalive_keeps_alive_and_shows_nothing(t):
-    server = t.server("--idle-timeout", "1")
+    server = t.server("--idle-timeout", "2.5")  # a busy machine holds up a ping for a second
     client = t.client(server, "--keepalive", "0.3")
     addr = server.connected()["addr"]
-    time.sleep(2.5)  # nothing may happen meanwhile
+    time.sleep(6)  # nothing may happen meanwhile
     check(client.running(), "the client left")
     equal(client.out.text, "", "stdout of a client that only kept alive")
     other = t.client(server, stdin=b"stats\n").exits(0)

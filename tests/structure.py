@@ -24,8 +24,9 @@ BANNER = re.compile(r"^/\* ==== (\d+)\. (.+?) =+ \*/$", re.M)
 LISTED = r" +(\d+)  (\S.*?)  +\S.*$"  # a part in a list of them
 ATTRIBUTE = re.compile(r"__attribute__\s*\(\(.*?\)\)+", re.S)
 FIELDS = re.compile(r"\b(?:struct|union|enum)\b[^;(){}=]*\{([^{}]*)\}")
-# At the left margin: what comes before the name, the name, parameters, and whether a body follows.
-FUNCTION = re.compile(r"^(?!typedef\b)[A-Za-z_][\w\s*]*?\b(?P<name>\w+)\((?P<parameters>[^;{}]*)\)\s*(?P<end>[;{])", re.M)
+# At the left margin: what comes before the name, the name, and whether a body follows the parameters.
+FUNCTION = re.compile(r"^(?!typedef\b)[A-Za-z_][\w\s*]*?\b(?P<name>\w+)\([^;{}]*\)\s*(?P<end>[;{])", re.M)
+BODY = re.compile(r"\{[^\n]*\}$|\{.*?^\}", re.M | re.S)  # in one line, or up to a brace at the left margin
 NO_TYPE = r"(?<!\breturn)(?<!\belse)(?<!\bcase)(?<!\bsizeof)(?<!\bdo)"
 
 Function = collections.namedtuple("Function", "name part begin end")  # offsets in the text
@@ -46,7 +47,7 @@ class Source:
         text = NOISE.sub(lambda found: blank(found[0]), raw)
         text = ATTRIBUTE.sub(lambda found: blank(found[0]), text)
         while True:
-            without = FIELDS.sub(lambda found: found[0].replace(found[1] + "}", blank(found[1]) + " ").replace("{", " "), text)
+            without = FIELDS.sub(lambda found: found[0].replace("{" + found[1] + "}", f" {blank(found[1])} "), text)
             if without == text:
                 break
             text = without
@@ -58,8 +59,8 @@ class Source:
             if found["end"] == ";":
                 self.declared.append(Function(found["name"], part, found.start(), found.end()))
             else:
-                end = text.index("\n}", found.end() - 1) + 2
-                self.functions.append(Function(found["name"], part, found.start(), end))
+                body = BODY.match(text, found.end() - 1)
+                self.functions.append(Function(found["name"], part, found.start(), body.end()))
         self.home = {}  # a function's part; with one definition for each system the last
         for function in self.functions:
             self.home[function.name] = max(function.part, self.home.get(function.name, 0))
@@ -94,7 +95,8 @@ class Source:
 
 def is_local(name, text):
     """Whether this text declares or assigns a variable of that name."""
-    return re.search(rf"\w{NO_TYPE}(?:\s+|\s*\*+\s*){name}\s*[=;,)\[]|\(\*\s*{name}\s*\)|(?<![.>\w]){name}\s*=(?!=)", text)
+    return re.search(rf"\w{NO_TYPE}(?:\s+|\s*\*+\s*){name}\s*[=;,)\[]|\(\*\s*{name}\s*\)|(?<![.>\w]){name}\s*=(?!=)",
+                     text)
 
 
 def result(name, problems):
