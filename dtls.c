@@ -2823,8 +2823,10 @@ static void hs_note_fault(struct handshake *h, dtls_reason reason, const char *t
 static void hs_give_up(struct association *a, dtls_reason reason, const char *text)
 {
     const struct handshake *h = a->handshake;
-    bool unanswered = h->state == HS_ASKING;
-    conn_end(a->conn, h->fault && unanswered ? h->fault : reason, "%s", h->fault && unanswered ? h->fault_text : text);
+    if (h->fault && h->state == HS_ASKING)
+        conn_end(a->conn, h->fault, "%s", h->fault_text);
+    else
+        conn_end(a->conn, reason, "%s", text);
 }
 
 /* Opening: the handshake is over. */
@@ -2988,8 +2990,7 @@ static void hs_begin_anew(struct association *a, int64_t now)
         hs_drive(a);
 }
 
-/* The deadlines of a handshake. All but the first are set again whenever it makes progress, which a forger cannot do
- * without a message that libssl takes for the peer's:
+/* The deadlines of a handshake. The first stays what it is; what arrives and passes the guard may move the others:
  *
  *   over         handshake_timeout_ms after its first datagram the connection ends
  *   anew         a client that failed begins anew after retransmit_ms: what else of that try is under way comes first

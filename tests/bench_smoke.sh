@@ -18,7 +18,8 @@ status=0
 
 row() { # its beginning, where in it the first figure stands, whether that may be 0
     figure=$(sed -n "s/^ *$1 *//p" "$table" | head -n 1 | awk -v n="$2" '{ print $n }')
-    if echo "$figure" | grep -Eq '^-?[0-9]+([.][0-9]+)?$' && { [ "$3" = zero ] || [ "$(echo "$figure" | tr -d 0.)" ]; }; then
+    if echo "$figure" | grep -Eq '^-?[0-9]+([.][0-9]+)?$' &&
+        { [ "$3" = zero ] || [ "$(echo "$figure" | tr -d 0.)" ]; }; then
         echo "ok - bench $1"
     else
         echo "not ok - bench $1: no figure, but '$figure'"
