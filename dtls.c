@@ -114,10 +114,30 @@ static int64_t us(int ms)
     return ms * (int64_t)1000;
 }
 
-static int fd_prepare(int fd)
+/* Where the system can, in one step: between two another thread might start a program, which would inherit it. */
+static int fd_socket(int family)
 {
-    int flags = fcntl(fd, F_GETFL);
-    return flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0 || fcntl(fd, F_SETFD, FD_CLOEXEC) < 0 ? -1 : 0;
+#ifdef SOCK_CLOEXEC
+    return socket(family, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+#else
+    int fd = socket(family, SOCK_DGRAM, 0), flags = fd < 0 ? -1 : fcntl(fd, F_GETFL);
+    if (fd < 0 || (flags >= 0 && fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0 && fcntl(fd, F_SETFD, FD_CLOEXEC) == 0))
+        return fd;
+    close(fd);
+    return -1;
+#endif
+}
+
+/* Anybody can forge the ICMP message that says a path takes only small datagrams. Linux would believe it, and split what
+ * we send; so it is told to leave the path's MTU alone. Elsewhere UDP does that anyway. */
+static void fd_ignore_path_mtu(int fd, bool four)
+{
+#ifdef IP_PMTUDISC_OMIT
+    int omit = four ? IP_PMTUDISC_OMIT : IPV6_PMTUDISC_OMIT;
+    setsockopt(fd, four ? IPPROTO_IP : IPPROTO_IPV6, four ? IP_MTU_DISCOVER : IPV6_MTU_DISCOVER, &omit, sizeof omit);
+#else
+    (void)fd, (void)four;
+#endif
 }
 
 /* UDP: how a wildcard socket tells and chooses its local IPv4 address. */
@@ -502,8 +522,6 @@ struct signal_watch {
     int signo; /* 0: free */
     void (*fn)(void *user, int signo);
     void *user;
-    bool was_blocked;     /* epoll: put back afterwards */
-    struct sigaction was; /* kqueue: put back afterwards */
 };
 
 struct post {
@@ -526,6 +544,8 @@ struct dtls_loop {
     int wake[2];              /* eventfd twice, or a pipe, or -1 with EVFILT_USER */
     int signal_fd;            /* epoll: one signalfd for all signals, or -1; */
     sigset_t signals_watched; /* those that it reads */
+    dtls_watch **by_fd;       /* kqueue: which descriptors are watched, and by whom */
+    size_t by_fd_max;
     unsigned depth;
     bool stopping;
     int64_t now; /* when this turn's events came */
@@ -788,22 +808,45 @@ static int backend_wait(dtls_loop *l, int timeout_ms, struct fired *fired)
     return n < 0 && errno != EINTR ? -1 : len;
 }
 
-/* The signal is blocked, and the signalfd reads it. */
-static int backend_signal(dtls_loop *l, struct signal_watch *s, bool on)
+/* A thread's mask is shared by all its loops: the first that watches a signal blocks it, the last one puts it back. */
+static _Thread_local struct {
+    unsigned loops;
+    bool was_blocked;
+} signals_shared[NSIG];
+
+static int signal_block(int signo, bool on)
 {
-    sigset_t one, old, all = l->signals_watched;
+    sigset_t one, old;
+    unsigned *loops = &signals_shared[signo].loops;
     sigemptyset(&one);
-    if (sigaddset(&one, s->signo) < 0) /* no such signal */
-        return -1;
-    if (!on) {
-        sigdelset(&l->signals_watched, s->signo);
-        signalfd(l->signal_fd, &l->signals_watched, 0); /* changing a mask needs nothing and cannot fail */
-        return s->was_blocked ? 0 : sigprocmask(SIG_UNBLOCK, &one, NULL);
+    sigaddset(&one, signo);
+    if (on && *loops == 0) {
+        if (sigprocmask(SIG_BLOCK, &one, &old) != 0)
+            return -1;
+        signals_shared[signo].was_blocked = sigismember(&old, signo) == 1;
     }
-    sigaddset(&all, s->signo);
-    if (sigprocmask(SIG_BLOCK, &one, &old) != 0)
+    *loops += on ? 1u : -1u;
+    if (*loops == 0 && !signals_shared[signo].was_blocked) {
+        const struct timespec at_once = {0};
+        sigtimedwait(&one, NULL, &at_once); /* what came while it was watched has no other effect any more */
+        return sigprocmask(SIG_UNBLOCK, &one, NULL);
+    }
+    return 0;
+}
+
+/* The signal is blocked, and the signalfd reads it. */
+static int backend_signal(dtls_loop *l, int signo, bool on)
+{
+    sigset_t all = l->signals_watched;
+    if (!on) {
+        sigdelset(&l->signals_watched, signo);
+        signalfd(l->signal_fd, &l->signals_watched, 0); /* changing a mask needs nothing and cannot fail */
+        return signal_block(signo, false);
+    }
+    if (sigaddset(&all, signo) < 0) /* no such signal */
         return -1;
-    s->was_blocked = sigismember(&old, s->signo) == 1;
+    if (signal_block(signo, true) < 0)
+        return -1;
     int fd = signalfd(l->signal_fd, &all, SFD_NONBLOCK | SFD_CLOEXEC);
     if (fd >= 0 && (fd == l->signal_fd || backend_add(l, fd, &l->signal_fd) == 0)) {
         l->signal_fd = fd;
@@ -812,8 +855,7 @@ static int backend_signal(dtls_loop *l, struct signal_watch *s, bool on)
     }
     if (fd >= 0)
         close(fd);
-    if (!s->was_blocked)
-        sigprocmask(SIG_UNBLOCK, &one, NULL);
+    signal_block(signo, false);
     return -1;
 }
 
@@ -835,7 +877,7 @@ static int backend_open(dtls_loop *l)
 #ifdef EVFILT_USER
     return backend_change(l, 0, EVFILT_USER, EV_ADD | EV_CLEAR, 0, NULL);
 #else
-    if (pipe(l->wake) < 0 || fd_prepare(l->wake[0]) < 0 || fd_prepare(l->wake[1]) < 0)
+    if (pipe2(l->wake, O_CLOEXEC | O_NONBLOCK) < 0)
         return -1;
     return backend_change(l, (uintptr_t)l->wake[0], EVFILT_READ, EV_ADD, 0, NULL);
 #endif
@@ -873,7 +915,30 @@ static bool backend_ends_unseen(int fd)
     return S_ISREG(st.st_mode);
 }
 
-static int backend_watch(dtls_watch *w, unsigned events)
+/* kqueue would let a second watch silently take the first one's place; epoll refuses it. False: errno tells why. */
+static bool backend_claim(dtls_watch *w)
+{
+    dtls_loop *l = w->loop;
+    size_t fd = w->fd < 0 ? 0 : (size_t)w->fd, max = l->by_fd_max ? l->by_fd_max : 64;
+    if (w->fd < 0 || (fd < l->by_fd_max && l->by_fd[fd])) {
+        errno = w->fd < 0 ? EBADF : EEXIST;
+        return false;
+    }
+    while (max <= fd)
+        max *= 2;
+    if (max > l->by_fd_max) {
+        dtls_watch **by_fd = realloc(l->by_fd, max * sizeof *by_fd);
+        if (!by_fd)
+            return false;
+        memset(by_fd + l->by_fd_max, 0, (max - l->by_fd_max) * sizeof *by_fd);
+        l->by_fd = by_fd;
+        l->by_fd_max = max;
+    }
+    l->by_fd[fd] = w;
+    return true;
+}
+
+static int backend_filters(dtls_watch *w, unsigned events)
 {
     static const short filter[2] = {EVFILT_READ, EVFILT_WRITE};
     static const unsigned bit[2] = {DTLS_READ, DTLS_WRITE};
@@ -892,6 +957,17 @@ static int backend_watch(dtls_watch *w, unsigned events)
         if (was & ~events & bit[i] && backend_change(w->loop, (uintptr_t)w->fd, filter[i], EV_DELETE, 0, w) < 0)
             return -1;
     return 0;
+}
+
+static int backend_watch(dtls_watch *w, unsigned events)
+{
+    bool begins = !w->events && events;
+    if (begins && !backend_claim(w))
+        return -1;
+    int r = backend_filters(w, events);
+    if (r < 0 ? begins : w->events && !events)
+        w->loop->by_fd[w->fd] = NULL;
+    return r;
 }
 
 static int backend_wait(dtls_loop *l, int timeout_ms, struct fired *fired)
@@ -921,19 +997,43 @@ static void backend_signal_caught(int signo)
     (void)signo;
 }
 
-static int backend_signal(dtls_loop *l, struct signal_watch *s, bool on)
+/* What a signal does is the whole process's: the first loop that watches it catches it, the last one puts back what was
+ * there. Loops of several threads take turns at that. */
+static struct {
+    unsigned loops;
+    struct sigaction was;
+} signals_shared[NSIG];
+static atomic_flag signals_busy = ATOMIC_FLAG_INIT;
+
+static int signal_catch(int signo, bool on)
 {
     struct sigaction caught = {.sa_handler = backend_signal_caught, .sa_flags = SA_RESTART};
+    unsigned *loops = &signals_shared[signo].loops;
+    int r = 0;
+    while (atomic_flag_test_and_set(&signals_busy))
+        ;
+    if (on && *loops == 0)
+        r = sigaction(signo, &caught, &signals_shared[signo].was);
+    else if (!on && *loops == 1)
+        r = sigaction(signo, &signals_shared[signo].was, NULL);
+    if (r == 0)
+        *loops += on ? 1u : -1u;
+    atomic_flag_clear(&signals_busy);
+    return r;
+}
+
+static int backend_signal(dtls_loop *l, int signo, bool on)
+{
     if (!on) {
-        sigaction(s->signo, &s->was, NULL);
-        return backend_change(l, (uintptr_t)s->signo, EVFILT_SIGNAL, EV_DELETE, 0, NULL);
+        signal_catch(signo, false);
+        return backend_change(l, (uintptr_t)signo, EVFILT_SIGNAL, EV_DELETE, 0, NULL);
     }
     /* In this order: a signal between the two has its old effect, and is not lost. */
-    if (backend_change(l, (uintptr_t)s->signo, EVFILT_SIGNAL, EV_ADD, 0, NULL) < 0)
+    if (backend_change(l, (uintptr_t)signo, EVFILT_SIGNAL, EV_ADD, 0, NULL) < 0)
         return -1;
-    if (sigaction(s->signo, &caught, &s->was) == 0)
+    if (signal_catch(signo, true) == 0)
         return 0;
-    backend_change(l, (uintptr_t)s->signo, EVFILT_SIGNAL, EV_DELETE, 0, NULL);
+    backend_change(l, (uintptr_t)signo, EVFILT_SIGNAL, EV_DELETE, 0, NULL);
     return -1;
 }
 
@@ -958,7 +1058,9 @@ dtls_watch *dtls_watch_new(dtls_loop *l, int fd, unsigned events, void (*fn)(voi
     *w =
         (dtls_watch){.object = {.end = watch_end, .destroy = object_free}, .loop = l, .fd = fd, .fn = fn, .user = user};
     if (dtls_watch_set(w, events) < 0) {
+        int error = errno;
         free(w);
+        errno = error;
         return NULL;
     }
     list_add(&l->live, &w->object);
@@ -967,6 +1069,12 @@ dtls_watch *dtls_watch_new(dtls_loop *l, int fd, unsigned events, void (*fn)(voi
 
 int dtls_watch_set(dtls_watch *w, unsigned events)
 {
+    if (w->dead)
+        return DTLS_ERR_STATE;
+    if (events & ~(unsigned)(DTLS_READ | DTLS_WRITE)) {
+        errno = EINVAL;
+        return DTLS_ERR_ARG;
+    }
     if (backend_watch(w, events) < 0)
         return DTLS_ERR_SYSTEM;
     w->events = events;
@@ -991,14 +1099,14 @@ int dtls_loop_signal(dtls_loop *l, int signo, void (*fn)(void *user, int signo),
     for (struct signal_watch *s = l->signals; s < l->signals + SIGNALS_MAX; s++)
         if (s->signo == signo || (!s->signo && !slot))
             slot = s;
-    if (signo < 1 || signo == SIGKILL || signo == SIGSTOP)
+    if (signo < 1 || signo >= NSIG || signo == SIGKILL || signo == SIGSTOP)
         return DTLS_ERR_ARG;
     if (!fn && (!slot || !slot->signo))
         return 0;
     if (!slot)
         return DTLS_ERR_LIMIT;
     if (!fn) {
-        int r = backend_signal(l, slot, false);
+        int r = backend_signal(l, slot->signo, false);
         *slot = (struct signal_watch){0};
         return r < 0 ? DTLS_ERR_SYSTEM : 0;
     }
@@ -1006,7 +1114,7 @@ int dtls_loop_signal(dtls_loop *l, int signo, void (*fn)(void *user, int signo),
     *slot = known ? *slot : (struct signal_watch){.signo = signo};
     slot->fn = fn;
     slot->user = user;
-    if (known || backend_signal(l, slot, true) == 0)
+    if (known || backend_signal(l, signo, true) == 0)
         return 0;
     *slot = (struct signal_watch){0};
     return DTLS_ERR_SYSTEM;
@@ -1145,14 +1253,15 @@ void dtls_loop_free(dtls_loop *l)
     if (!l)
         return;
     loop_enter(l);
-    for (struct signal_watch *s = l->signals; s < l->signals + SIGNALS_MAX; s++)
-        if (s->signo)
-            dtls_loop_signal(l, s->signo, NULL, NULL);
     while (l->live.next != &l->live) /* endpoints run callbacks, which may make or end others */
         l->live.next->end(l->live.next);
     loop_leave(l);
+    for (struct signal_watch *s = l->signals; s < l->signals + SIGNALS_MAX; s++)
+        if (s->signo) /* not before the peers know: a second signal must not end us before that */
+            dtls_loop_signal(l, s->signo, NULL, NULL);
     loop_run_posts(l, false);
     backend_close(l);
+    free(l->by_fd);
     free(l->heap);
     free(l->io);
     free(l);
@@ -1496,6 +1605,7 @@ static int udp_options(const struct udp *u)
     int one = 1;
     udp_buffer(u->fd, SO_RCVBUF, u->user.cfg->socket_buffer_bytes);
     udp_buffer(u->fd, SO_SNDBUF, u->user.cfg->socket_buffer_bytes);
+    fd_ignore_path_mtu(u->fd, u->local.family == 4);
     if (u->local.family == 6 && setsockopt(u->fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one) < 0)
         return -1;
     if (!u->wildcard)
@@ -1513,9 +1623,8 @@ static int udp_socket(struct udp *u, const dtls_addr *peer)
         struct sockaddr_storage ss;
     } at;
     socklen_t len = addr_to_sockaddr(peer ? peer : &u->local, &at.ss);
-    u->fd = socket(u->local.family == 4 ? AF_INET : AF_INET6, SOCK_DGRAM, 0);
-    if (u->fd < 0 || fd_prepare(u->fd) < 0 || udp_options(u) < 0 ||
-        (peer ? connect(u->fd, &at.sa, len) : bind(u->fd, &at.sa, len)) < 0)
+    u->fd = fd_socket(u->local.family == 4 ? AF_INET : AF_INET6);
+    if (u->fd < 0 || udp_options(u) < 0 || (peer ? connect(u->fd, &at.sa, len) : bind(u->fd, &at.sa, len)) < 0)
         return -1;
     len = sizeof at;
     return getsockname(u->fd, &at.sa, &len) < 0 || dtls_addr_from_sockaddr(&u->local, &at.sa, len) < 0 ? -1 : 0;

@@ -156,18 +156,22 @@ int64_t dtls_loop_now(const dtls_loop *loop);
 int dtls_loop_post(dtls_loop *loop, void (*fn)(void *arg), void *arg);
 
 /* Calls fn when the process gets the signal (signalfd or EVFILT_SIGNAL: the signal is blocked or caught for as long as
- * it is watched, so call this before starting threads). fn NULL: no longer. At most 16. Returns 0 or an error. */
+ * any loop watches it, so call this before starting threads). fn NULL: no longer. At most 16. Returns 0 or an error. A
+ * program that is started meanwhile by fork() and exec() inherits what is blocked: unblock it between the two
+ * (sigprocmask, or posix_spawnattr_setsigmask). */
 int dtls_loop_signal(dtls_loop *loop, int signo, void (*fn)(void *user, int signo), void *user);
 
 enum { DTLS_READ = 1, DTLS_WRITE = 2 };
 
 /* Calls fn while fd is readable or writable (level-triggered; errors and hang-ups count as both). The descriptor stays
- * yours; close it after dtls_watch_free(). NULL if the system cannot watch it: errno is EPERM for regular files, and on
- * macOS for named pipes; kqueue refuses to watch for writing what nobody reads any more (EPIPE, EBADF). */
+ * yours; close it after dtls_watch_free(). A loop has one watch for a descriptor. NULL if the system cannot watch it: errno
+ * is EPERM for regular files, and on macOS for named pipes, EEXIST if it is watched already; kqueue refuses to watch for
+ * writing what nobody reads any more (EPIPE, EBADF). */
 dtls_watch *dtls_watch_new(dtls_loop *loop, int fd, unsigned events, void (*fn)(void *user, int fd, unsigned events),
                            void *user);
-int dtls_watch_set(dtls_watch *watch, unsigned events); /* 0 or DTLS_ERR_SYSTEM */
-void dtls_watch_free(dtls_watch *watch);                /* NULL is fine */
+/* 0: it is silent. Returns 0; DTLS_ERR_ARG for other bits, DTLS_ERR_STATE after dtls_watch_free(), or DTLS_ERR_SYSTEM. */
+int dtls_watch_set(dtls_watch *watch, unsigned events);
+void dtls_watch_free(dtls_watch *watch); /* NULL is fine */
 
 /* A timer, not yet set; NULL when out of memory. It fires once per dtls_timer_set(). */
 dtls_timer *dtls_timer_new(dtls_loop *loop, void (*fn)(void *user), void *user);

@@ -183,6 +183,16 @@ static void free_both(void *user, int fd, unsigned events)
     dtls_watch_free(watches[1]);
 }
 
+static int set_after_free;
+
+static void free_and_set(void *user, int fd, unsigned events)
+{
+    (void)user, (void)fd, (void)events;
+    fired++;
+    dtls_watch_free(watches[0]);
+    set_after_free = dtls_watch_set(watches[0], DTLS_READ);
+}
+
 static void silence_both(void *user, int fd, unsigned events)
 {
     (void)user, (void)fd, (void)events;
@@ -209,6 +219,16 @@ static void test_watches(void)
     dtls_loop_poll(loop, 1000);
     dtls_loop_poll(loop, 0);
     CHECK_EQ(fired, 1, "a watch freed in another one's callback is silent at once");
+    fired = 0;
+    watches[0] = dtls_watch_new(loop, ends[0][0], DTLS_READ, free_and_set, NULL);
+    CHECK_THAT(!dtls_watch_new(loop, ends[0][0], DTLS_READ, free_both, NULL) && errno == EEXIST,
+               "no second watch on a descriptor");
+    CHECK_THAT(dtls_watch_set(watches[0], 4) == DTLS_ERR_ARG &&
+                   !dtls_watch_new(loop, ends[1][0], DTLS_READ | 8, free_both, NULL) && errno == EINVAL,
+               "event bits that do not exist are refused");
+    dtls_loop_poll(loop, 1000);
+    dtls_loop_poll(loop, 0);
+    CHECK_THAT(fired == 1 && set_after_free == DTLS_ERR_STATE, "a watch set after it was freed in the same turn");
     CHECK_THAT(!dtls_watch_new(loop, -1, DTLS_READ, free_both, NULL), "no watch on a closed descriptor");
     FILE *f = tmpfile();
     watches[0] = dtls_watch_new(loop, fileno(f), 0, free_both, NULL);
@@ -227,6 +247,47 @@ static void count_signal(void *user, int signo)
 {
     (void)signo;
     ++*(int *)user;
+}
+
+/* Any of these would end the process where the signal is not watched any more. */
+static void raise_at_end(struct side *s, dtls_conn *conn, dtls_event event)
+{
+    (void)s, (void)conn;
+    if (event == DTLS_EV_CLOSED)
+        raise(SIGTERM);
+}
+
+static void test_signals_at_the_end(void)
+{
+    sigset_t now;
+    dtls_loop *loops[2];
+    int before = signals[1];
+    bool one_queue = false;
+#if defined(DTLS_USE_KQUEUE) && defined(__linux__)
+    one_queue = true;
+    test_skip("two loops that watch one signal", "in tests/kqueue a signal is on one queue");
+#endif
+    for (int i = 0; i < 2 && !one_queue; i++) {
+        loops[i] = dtls_loop_new(NULL);
+        dtls_loop_signal(loops[i], SIGUSR1, count_signal, &signals[i]);
+    }
+    if (!one_queue) {
+        dtls_loop_free(loops[0]);
+        raise(SIGUSR1);
+        dtls_loop_poll(loops[1], 1000);
+        CHECK_EQ(signals[1], before + 1, "a loop that goes leaves the signal to another one that watches it");
+        dtls_loop_free(loops[1]);
+        sigprocmask(SIG_BLOCK, NULL, &now);
+        CHECK_EQ(sigismember(&now, SIGUSR1), 0, "and the last one puts it back as it was");
+    }
+
+    start((dtls_config){0}, (dtls_config){0});
+    connected();
+    dtls_loop_signal(loop, SIGTERM, count_signal, &signals[0]);
+    client.inside = raise_at_end;
+    stop();
+    CHECK_THAT(sigprocmask(SIG_BLOCK, NULL, &now) == 0 && sigismember(&now, SIGTERM) == 0,
+               "a signal while the loop is freed does not cut that short");
 }
 
 static void test_signals(void)
@@ -1156,6 +1217,7 @@ int main(int argc, char **argv)
         {"freed timers", test_freed_timers},
         {"watches", test_watches},
         {"signals", test_signals},
+        {"signals at the end", test_signals_at_the_end},
         {"ranges", test_ranges},
         {"files", test_files},
         {"long path", test_long_path},

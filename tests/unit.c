@@ -845,6 +845,12 @@ static void test_sockets(void)
     for (int i = 0; i < 100 && client.datagrams == 0; i++)
         dtls_loop_poll(l, 50);
     CHECK(client.datagrams == 1 && strcmp(client.text, "answer") == 0);
+    CHECK(fcntl(own->fd, F_GETFD) == FD_CLOEXEC && (fcntl(own->fd, F_GETFL) & O_NONBLOCK));
+#ifdef IP_PMTUDISC_OMIT /* a forged ICMP message must not make the system split what we send */
+    int discover = -1;
+    socklen_t size = sizeof discover;
+    CHECK(getsockopt(own->fd, IPPROTO_IP, IP_MTU_DISCOVER, &discover, &size) == 0 && discover == IP_PMTUDISC_OMIT);
+#endif
     udp_free(listening);
     dtls_loop_poll(l, 0);
     send_text(l, own, "anybody?", &any); /* nobody: the system says so, and life goes on */
@@ -866,7 +872,9 @@ static void test_backlog(void)
     dtls_addr_parse(&a, "127.0.0.1:0", NULL);
     CHECK(dtls_endpoint_listen(ep, &a, NULL) == 0 && a.port != 0);
     struct udp *u = (struct udp *)ep->sockets.next;
-    CHECK(socketpair(AF_UNIX, SOCK_DGRAM, 0, pair) == 0 && fd_prepare(pair[0]) == 0 && fd_prepare(pair[1]) == 0);
+    CHECK(socketpair(AF_UNIX, SOCK_DGRAM, 0, pair) == 0);
+    for (int i = 0; i < 2; i++)
+        CHECK(fcntl(pair[i], F_SETFL, O_NONBLOCK) == 0);
     dtls_watch *real = u->watch;
     int real_fd = u->fd;
     u->fd = pair[0];
