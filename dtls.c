@@ -19,8 +19,8 @@
  * this file, and it has left a pointer.
  *
  *    1  platform     includes, and what differs between systems but for the event backends
- *    2  base         errors, addresses, a keyed hash
- *    3  loop         objects and when they are freed, timers, descriptors, signals, posts, one turn
+ *    2  base         errors, addresses, a keyed hash and a table
+ *    3  loop         objects and when they are freed, timers, jobs, descriptors, signals, posts, one turn
  *    4  datagrams    UDP sockets: batches in and out, local addresses, the send queue; knows no DTLS
  *    5  wire         records, the guard in front of libssl, flights, the BIO
  *    6  connection   associations and connections: structs, deadlines, the table, their end, the log, identities
@@ -58,6 +58,7 @@
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -483,9 +484,81 @@ static uint64_t siphash(const uint8_t key[16], const uint8_t *data, size_t len)
     return v[0] ^ v[1] ^ v[2] ^ v[3];
 }
 
+/* A hash table. What stands in it has an entry, and the entry knows the hash of its key. The table is as large as it will
+ * ever have to be from the start, so that nobody waits while it grows; pages that nobody touched cost nothing. */
+struct entry {
+    struct entry *next;
+    uint64_t hash;
+};
+
+struct table {
+    struct entry **slots;
+    size_t size;
+    uint8_t key[16];
+};
+
+enum { TABLE_SLOTS_MAX = 1 << 22 };
+
+/* The struct that a member at `p` belongs to. */
+#define OWNER_OF(type, member, p) ((type *)(void *)((char *)(p)-offsetof(type, member)))
+
+/* For so many elements, or a few more. False: no memory. The key is still to be filled. */
+static bool table_init(struct table *t, size_t elements)
+{
+    t->size = 64;
+    while (t->size < elements && t->size < TABLE_SLOTS_MAX)
+        t->size *= 2;
+    t->slots = calloc(t->size, sizeof *t->slots);
+    return t->slots != NULL;
+}
+
+static uint64_t table_hash(const struct table *t, const uint8_t *key, size_t len)
+{
+    return siphash(t->key, key, len);
+}
+
+static struct entry *entry_match(struct entry *e, uint64_t hash)
+{
+    while (e && e->hash != hash)
+        e = e->next;
+    return e;
+}
+
+static struct entry *table_first(const struct table *t, uint64_t hash)
+{
+    return entry_match(t->slots[hash & (t->size - 1)], hash);
+}
+
+static struct entry *table_next(const struct entry *e)
+{
+    return entry_match(e->next, e->hash);
+}
+
+/* In front of all that have the same hash. */
+static void table_add(struct table *t, struct entry *e, uint64_t hash)
+{
+    struct entry **slot = &t->slots[hash & (t->size - 1)];
+    *e = (struct entry){.next = *slot, .hash = hash};
+    *slot = e;
+}
+
+static void table_remove(struct table *t, const struct entry *e)
+{
+    struct entry **at = &t->slots[e->hash & (t->size - 1)];
+    while (*at != e)
+        at = &(*at)->next;
+    *at = e->next;
+}
+
 /* ==== 3. loop ===================================================================================================== */
 
-enum { EVENTS_PER_WAIT = 64, SIGNALS_MAX = 16, FIRED_MAX = EVENTS_PER_WAIT + SIGNALS_MAX, POSTS_MAX = 65536 };
+enum {
+    EVENTS_PER_WAIT = 64,
+    SIGNALS_MAX = 16,
+    FIRED_MAX = EVENTS_PER_WAIT + SIGNALS_MAX,
+    POSTS_MAX = 65536,
+    SHARE_US = 500 /* of each turn, for jobs */
+};
 
 /* Every object that can end inside a callback starts with this: the end of the turn frees it. */
 struct object {
@@ -499,6 +572,12 @@ struct timer {
     size_t slot; /* place in the heap, from 1; 0: not set */
     void (*fn)(void *user);
     void *user;
+};
+
+/* Work that open connections should not wait for, one piece after another. Who has more to do asks for another turn. */
+struct job {
+    struct job *prev, *next; /* NULL: it does not wait */
+    void (*run)(struct job *job);
 };
 
 struct dtls_timer {
@@ -552,6 +631,10 @@ struct dtls_loop {
     struct object live, dead;
     struct timer **heap; /* from index 1 */
     size_t heap_len, heap_max, timers;
+    struct job jobs; /* those that wait, in a ring */
+    size_t jobs_len;
+    int64_t share_us; /* what is left of this turn's */
+    bool working;     /* a job is running */
     struct signal_watch signals[SIGNALS_MAX];
     _Atomic(struct post *) posts;
     atomic_size_t posts_len;
@@ -688,6 +771,55 @@ static void timer_run(dtls_loop *l)
         timer_stop(l, t);
         t->fn(t->user);
     }
+}
+
+/* Jobs: a piece of work runs at once while the turn's share lasts and nobody waits, otherwise in its turn, behind what
+ * came in and the timers. So however many handshakes there are, an open connection waits for one share and one piece. */
+
+static void job_run(dtls_loop *l, struct job *j)
+{
+    int64_t began = loop_now(l);
+    l->working = true;
+    j->run(j);
+    l->working = false;
+    l->share_us -= loop_now(l) - began;
+}
+
+static void job_add(dtls_loop *l, struct job *j)
+{
+    if (j->next)
+        return;
+    if (l->jobs_len == 0 && l->share_us > 0 && !l->working) {
+        job_run(l, j);
+        return;
+    }
+    j->prev = l->jobs.prev;
+    j->next = &l->jobs;
+    j->prev->next = l->jobs.prev = j;
+    l->jobs_len++;
+}
+
+static void job_remove(dtls_loop *l, struct job *j)
+{
+    if (!j->next)
+        return;
+    j->prev->next = j->next;
+    j->next->prev = j->prev;
+    j->prev = j->next = NULL;
+    l->jobs_len--;
+}
+
+/* One at least, whatever came in before; and none twice. */
+static void job_run_all(dtls_loop *l)
+{
+    size_t left = l->jobs_len;
+    do {
+        struct job *j = l->jobs.next;
+        if (j == &l->jobs)
+            return;
+        job_remove(l, j);
+        job_run(l, j);
+    } while (--left > 0 && l->share_us > 0);
 }
 
 /* Timers as a loop's user has them. */
@@ -1182,6 +1314,8 @@ dtls_loop *dtls_loop_new(const dtls_loop_config *config)
     l->clock_user = config ? config->user : NULL;
     list_init(&l->live);
     list_init(&l->dead);
+    l->jobs.prev = l->jobs.next = &l->jobs;
+    l->share_us = SHARE_US;
     l->fd = l->wake[0] = l->wake[1] = l->signal_fd = -1;
     if (backend_open(l) == 0)
         return l;
@@ -1202,7 +1336,7 @@ int64_t dtls_loop_now(const dtls_loop *l)
 
 int dtls_loop_timeout(dtls_loop *l)
 {
-    if (atomic_load(&l->posts))
+    if (atomic_load(&l->posts) || l->jobs_len > 0)
         return 0;
     if (!l->heap_len)
         return -1;
@@ -1224,10 +1358,12 @@ int dtls_loop_poll(dtls_loop *l, int timeout_ms)
     loop_enter(l);
     int n = backend_wait(l, timeout_ms, fired);
     l->now = loop_now(l);
+    l->share_us = SHARE_US;
     for (int i = 0; i < n; i++)
         loop_dispatch(l, &fired[i]);
     loop_run_posts(l, true);
     timer_run(l);
+    job_run_all(l);
     loop_leave(l);
     return n < 0 ? DTLS_ERR_SYSTEM : 0;
 }
@@ -1675,6 +1811,9 @@ enum {
     TYPE_ALERT = 21,
     TYPE_HANDSHAKE = 22,
     TYPE_DATA = 23,
+    TYPE_CID = 25,      /* RFC 9146 */
+    UNIFIED_MIN = 0x20, /* first bytes of DTLS 1.3 records, RFC 9147 section 4 */
+    UNIFIED_MAX = 0x3f,
 
     HANDSHAKE_HEADER = 12, /* type, length, message_seq, fragment offset, fragment length: RFC 6347 section 4.2.2 */
     HELLO_RANDOM = 32,
@@ -1743,6 +1882,14 @@ static bool record_parse(const uint8_t *p, size_t n, struct record *r)
     r->body = p + RECORD_HEADER;
     r->size = RECORD_HEADER + r->body_len;
     return r->body_len > 0 && r->body_len <= RECORD_BODY_MAX && r->body_len <= n - RECORD_HEADER;
+}
+
+/* Why what stands there is no record of DTLS 1.2. */
+static dtls_drop record_drop(const uint8_t *p, size_t n)
+{
+    if (n > 0 && p[0] >= UNIFIED_MIN && p[0] <= UNIFIED_MAX)
+        return DTLS_DROP_DTLS13;
+    return n > 0 && p[0] == TYPE_CID ? DTLS_DROP_CID : DTLS_DROP_MALFORMED;
 }
 
 /* A ServerHello's random, if this is its first fragment; it tells one handshake of a server's from another. */
@@ -2041,7 +2188,15 @@ static BIO_METHOD *bio_method_new(void)
 enum {
     NAME_MAX_BYTES = 64, /* ub-common-name, RFC 5280 appendix A */
     REASON_BYTES = 160,
-    COOKIE_SECRET = 32
+    LINE_BYTES = 256, /* of a line in the log, behind the address */
+    COOKIE_SECRET = 32,
+    INBOX_BYTES = 32768, /* of datagrams that wait for a handshake's turn: two large flights */
+    YOUNG_MS = 3000,     /* for so long a handshake may keep its place, where its source has no more than others */
+    KINDS = 16,          /* of lines that strangers cause, */
+    KIND_LOGGED = 5,     /* so many of each are logged, */
+    KIND_MS = 10000,     /* and the number of the others, once in this time */
+    WALKS_MAX = 64,
+    WALK_STEP = 16 /* connections, before others have their turn */
 };
 
 struct association;
@@ -2050,6 +2205,34 @@ struct association;
 struct rule {
     int64_t (*due)(const struct association *a);
     void (*then)(struct association *a, int64_t now);
+};
+
+/* What an association does in its handshake, and what it does when it is open. */
+struct phase {
+    const struct rule *rules;                                         /* its deadlines, in the order of their rank */
+    void (*input)(struct association *a, const uint8_t *p, size_t n); /* what to do with a datagram that arrives, */
+    void (*work)(struct association *a, const uint8_t *p, size_t n);  /* and with one that waited for its turn */
+};
+
+/* A datagram that waits for its association's turn. */
+struct letter {
+    struct letter *next;
+    size_t len;
+    uint8_t data[];
+};
+
+/* Where strangers come from: an IPv4 address or an IPv6 /64, and above it the /48 that this is part of. A server gives
+ * each its share of the handshakes and of the connections. It lives while it has any of them, or is above one that has. */
+struct source {
+    struct entry entry;
+    struct source *above;       /* NULL: an IPv4 address or a /48 */
+    struct source *prev, *next; /* those with handshakes, but for /48s */
+    uint8_t prefix[16];
+    uint8_t prefix_bytes;
+    size_t refs;                            /* associations, and sources below it */
+    size_t handshakes, open;                /* a /48 has the sum */
+    struct association *first[2], *last[2]; /* in their handshake, by age: those that sent nothing behind their
+                                             * ClientHello, and the others */
 };
 
 /* One DTLS association: an SSL, the BIO beneath it, the addresses and the socket that it speaks through, its deadlines.
@@ -2062,15 +2245,23 @@ struct association {
     struct object object;
     dtls_endpoint *ep;
     dtls_conn *conn; /* NULL: the endpoint's spare one, which answers ClientHellos */
-    struct association *table_next;
+    struct entry entry;
     bool listed; /* in the table */
     SSL *ssl;
     struct wire wire;
     struct udp *udp; /* the socket it speaks through; NULL: a transport of the user's own */
     dtls_addr peer, local;
     struct timer timer;
-    const struct rule *rules;    /* its deadlines, in the order of their rank; NULL: none, it is spare or has ended */
+    const struct phase *phase;   /* NULL: none, it is spare or has ended */
     struct handshake *handshake; /* NULL: it is open, or spare */
+    struct job job;              /* a deadline that is due, or datagrams of its handshake */
+    bool due;
+    struct letter *inbox, **inbox_last;
+    size_t inbox_bytes;
+    struct source *source; /* a server's; it is among the source's handshakes or its open ones */
+    struct association *source_prev, *source_next;
+    bool shown;                         /* the peer sent more than its ClientHello */
+    bool authentic;                     /* something was, of what came since this was cleared */
     uint8_t hello_random[HELLO_RANDOM]; /* of the peer's ClientHello or ServerHello */
     size_t overhead;                    /* of the suite's records, once it is open */
     bool buffers;                       /* libssl's record buffers are there, and */
@@ -2083,6 +2274,7 @@ enum conn_state { CONN_CONNECTING, CONN_OPEN, CONN_CLOSED };
 struct dtls_conn {
     struct object object;
     dtls_endpoint *ep;
+    uint64_t serial;
     dtls_conn *prev, *next;            /* the endpoint's list; an ended one's next stays, for those who walk it */
     struct association *open, *trying; /* they stay when it ends, to be asked until it is gone */
     enum conn_state state;
@@ -2096,6 +2288,28 @@ struct dtls_conn {
     void *user;
 };
 
+/* Somebody who wants to see all connections, some in each turn. */
+struct walk {
+    struct object object;
+    struct job job;
+    dtls_endpoint *ep;
+    dtls_conn *at;   /* the next one; NULL: there are no more */
+    uint64_t serial; /* of the last one */
+    bool over;
+    void (*fn)(dtls_conn *conn, void *user);
+    void *user;
+};
+
+/* One kind of line that strangers cause: how many were logged, and how many are only counted. */
+struct kind {
+    uint64_t hash;
+    unsigned logged, more; /* logged 0: free */
+    int64_t since;
+    dtls_log level;
+    dtls_addr last;
+    char text[LINE_BYTES];
+};
+
 struct dtls_endpoint {
     struct object object;
     dtls_loop *loop;
@@ -2107,92 +2321,213 @@ struct dtls_endpoint {
     bool listening, sending, closed;
     struct object sockets;
     dtls_conn *first, *last;
-    struct association **table;
-    size_t table_size, table_len;
-    uint8_t hash_key[16];
+    uint64_t serials;
+    struct object walks;
+    size_t walks_len;
+    struct table associations, sources;
+    struct source *crowd; /* the first source with handshakes */
+    struct kind kinds[KINDS];
+    struct timer kinds_timer;
     uint8_t secret[2][COOKIE_SECRET]; /* this one and the one before */
     int64_t secret_at;
     dtls_counters counters;
 };
+
+static bool at_limit(size_t count, int limit)
+{
+    return limit != DTLS_NEVER && count >= (size_t)limit;
+}
 
 static void ep_count(dtls_endpoint *ep, dtls_drop reason)
 {
     ep->counters.dropped[reason]++;
 }
 
-/* The table: associations by the peer's address, chained, and compared by both addresses, since one peer may talk to two
- * of ours from one port. */
+/* The table of associations: by the peer's address, and compared by both addresses, since one peer may talk to two of
+ * ours from one port. The newest of those with the same addresses comes first: behind a restarted client's handshake
+ * stands its old association. */
 
-static size_t table_slot(const dtls_endpoint *ep, const dtls_addr *peer)
+static uint64_t assoc_hash(const dtls_endpoint *ep, const dtls_addr *peer)
 {
     uint8_t key[ADDR_PACKED];
     addr_pack(peer, key);
-    return (size_t)siphash(ep->hash_key, key, sizeof key) & (ep->table_size - 1);
+    return table_hash(&ep->associations, key, sizeof key);
 }
 
-static struct association *table_match(struct association *a, const dtls_addr *peer, const dtls_addr *local)
+static struct association *assoc_match(struct entry *e, const dtls_addr *peer, const dtls_addr *local)
 {
-    while (a && !(dtls_addr_equal(&a->peer, peer) && dtls_addr_equal(&a->local, local)))
-        a = a->table_next;
-    return a;
-}
-
-static struct association *table_find(const dtls_endpoint *ep, const dtls_addr *peer, const dtls_addr *local)
-{
-    return ep->table_size ? table_match(ep->table[table_slot(ep, peer)], peer, local) : NULL;
-}
-
-/* The next one with the same addresses: behind a restarted client's handshake stands its old association. */
-static struct association *table_next_same(const struct association *a)
-{
-    return table_match(a->table_next, &a->peer, &a->local);
-}
-
-static int table_grow(dtls_endpoint *ep)
-{
-    size_t old_size = ep->table_size;
-    struct association **old = ep->table, **table = calloc(old_size ? old_size * 2 : 64, sizeof *table);
-    if (!table)
-        return DTLS_ERR_MEMORY;
-    ep->table = table;
-    ep->table_size = old_size ? old_size * 2 : 64;
-    for (size_t i = 0; i < old_size; i++) {
-        for (struct association *a = old[i], *next; a; a = next) {
-            struct association **at = &table[table_slot(ep, &a->peer)];
-            while (*at) /* to the end: of two with the same addresses the newer one stays first */
-                at = &(*at)->table_next;
-            next = a->table_next;
-            a->table_next = NULL;
-            *at = a;
-        }
+    for (; e; e = table_next(e)) {
+        struct association *a = OWNER_OF(struct association, entry, e);
+        if (dtls_addr_equal(&a->peer, peer) && dtls_addr_equal(&a->local, local))
+            return a;
     }
-    free(old);
-    return 0;
+    return NULL;
 }
 
-static int table_add(struct association *a)
+static struct association *assoc_find(const dtls_endpoint *ep, const dtls_addr *peer, const dtls_addr *local)
 {
+    return assoc_match(table_first(&ep->associations, assoc_hash(ep, peer)), peer, local);
+}
+
+static struct association *assoc_next_same(const struct association *a)
+{
+    return assoc_match(table_next(&a->entry), &a->peer, &a->local);
+}
+
+/* Sources. */
+
+static struct source *source_get(dtls_endpoint *ep, const dtls_addr *a, uint8_t bytes)
+{
+    uint8_t key[17] = {0};
+    memcpy(key, a->ip, bytes);
+    key[16] = bytes;
+    uint64_t hash = table_hash(&ep->sources, key, sizeof key);
+    struct source *s;
+    for (struct entry *e = table_first(&ep->sources, hash); e; e = table_next(e)) {
+        s = OWNER_OF(struct source, entry, e);
+        if (s->prefix_bytes == bytes && memcmp(s->prefix, key, 16) == 0)
+            return s;
+    }
+    s = calloc(1, sizeof *s);
+    if (!s)
+        return NULL;
+    memcpy(s->prefix, key, 16);
+    s->prefix_bytes = bytes;
+    table_add(&ep->sources, &s->entry, hash);
+    return s;
+}
+
+static void source_release(dtls_endpoint *ep, struct source *s)
+{
+    while (s && s->refs == 0) {
+        struct source *above = s->above;
+        table_remove(&ep->sources, &s->entry);
+        free(s);
+        if (above)
+            above->refs--;
+        s = above;
+    }
+}
+
+/* That of an address, made if need be; who does not keep it releases it. NULL: no memory. */
+static struct source *source_of(dtls_endpoint *ep, const dtls_addr *a)
+{
+    struct source *s = source_get(ep, a, a->family == 4 ? 4 : 8);
+    if (s && a->family != 4 && !s->above) {
+        s->above = source_get(ep, a, 6);
+        if (!s->above) {
+            source_release(ep, s);
+            return NULL;
+        }
+        s->above->refs++;
+    }
+    return s;
+}
+
+static void source_link(struct association *a)
+{
+    struct source *s = a->source;
+    a->source_prev = s->last[a->shown];
+    a->source_next = NULL;
+    *(a->source_prev ? &a->source_prev->source_next : &s->first[a->shown]) = a;
+    s->last[a->shown] = a;
+}
+
+static void source_unlink(struct association *a)
+{
+    struct source *s = a->source;
+    *(a->source_prev ? &a->source_prev->source_next : &s->first[a->shown]) = a->source_next;
+    *(a->source_next ? &a->source_next->source_prev : &s->last[a->shown]) = a->source_prev;
+}
+
+static void source_count(struct association *a, bool begins)
+{
+    struct source *s = a->source;
     dtls_endpoint *ep = a->ep;
-    if (ep->table_len >= ep->table_size && table_grow(ep) < 0)
-        return DTLS_ERR_MEMORY;
-    size_t slot = table_slot(ep, &a->peer);
-    a->table_next = ep->table[slot];
-    a->listed = true;
-    ep->table[slot] = a;
-    ep->table_len++;
-    return 0;
+    size_t change = begins ? 1 : (size_t)-1, was = s->handshakes;
+    s->handshakes += change;
+    if (s->above)
+        s->above->handshakes += change;
+    if (was == 0) {
+        s->prev = NULL;
+        s->next = ep->crowd;
+        ep->crowd = s;
+        if (s->next)
+            s->next->prev = s;
+    } else if (s->handshakes == 0) {
+        *(s->prev ? &s->prev->next : &ep->crowd) = s->next;
+        if (s->next)
+            s->next->prev = s->prev;
+    }
 }
 
-static void table_remove(struct association *a)
+/* A handshake begins. */
+static void source_join(struct association *a, struct source *s)
 {
-    if (!a->listed)
+    a->source = s;
+    s->refs++;
+    source_link(a);
+    source_count(a, true);
+}
+
+/* The peer sent something behind its ClientHello. */
+static void source_shown(struct association *a)
+{
+    if (!a->source || a->shown)
         return;
-    struct association **at = &a->ep->table[table_slot(a->ep, &a->peer)];
-    while (*at != a)
-        at = &(*at)->table_next;
-    *at = a->table_next;
-    a->listed = false;
-    a->ep->table_len--;
+    source_unlink(a);
+    a->shown = true;
+    source_link(a);
+}
+
+static void source_opened(struct association *a)
+{
+    if (!a->source)
+        return;
+    source_unlink(a);
+    source_count(a, false);
+    a->source->open++;
+}
+
+static void source_leave(struct association *a)
+{
+    struct source *s = a->source;
+    if (!s)
+        return;
+    if (a->handshake) {
+        source_unlink(a);
+        source_count(a, false);
+    } else {
+        s->open--;
+    }
+    a->source = NULL;
+    s->refs--;
+    source_release(a->ep, s);
+}
+
+static size_t source_weight(const struct source *s)
+{
+    return s->above ? s->above->handshakes : s->handshakes;
+}
+
+/* Whose handshake gives way to a newcomer's: the source with most, and of its handshakes the oldest one that showed
+ * least. NULL: the newcomer gives way. It does where its own source has as many, unless the other one had its time:
+ * otherwise a crowd that comes at once would throw out those who are about to succeed. */
+static struct association *source_victim(const dtls_endpoint *ep, const struct source *newcomer)
+{
+    const struct source *most = NULL;
+    for (const struct source *s = ep->crowd; s; s = s->next) {
+        size_t weight = source_weight(s), heaviest = most ? source_weight(most) : 0;
+        if (weight > heaviest || (weight == heaviest && s->handshakes > most->handshakes))
+            most = s;
+    }
+    if (!most)
+        return NULL;
+    struct association *oldest = most->first[0] ? most->first[0] : most->first[1];
+    bool fairer = source_weight(most) > source_weight(newcomer) + 1 ||
+                  (most->above && most->above == newcomer->above && most->handshakes > newcomer->handshakes + 1);
+    bool had_its_time = most->first[0] && ep->loop->now - oldest->used_at > us(YOUNG_MS);
+    return fairer || had_its_time ? oldest : NULL;
 }
 
 /* Associations. */
@@ -2230,7 +2565,7 @@ static int64_t earlier(int64_t a, int64_t b)
 static void assoc_arm(struct association *a)
 {
     int64_t now = loop_now(a->ep->loop), at = INT64_MAX;
-    for (const struct rule *r = a->rules; r && r->due; r++)
+    for (const struct rule *r = a->phase ? a->phase->rules : NULL; r && r->due; r++)
         at = earlier(at, r->due(a));
     if (at == INT64_MAX)
         timer_stop(a->ep->loop, &a->timer);
@@ -2238,11 +2573,10 @@ static void assoc_arm(struct association *a)
         timer_set(a->ep->loop, &a->timer, at > now ? at : now + 1000); /* what is due at once waits for its turn */
 }
 
-static void assoc_fire(void *user)
+static void assoc_rule(struct association *a)
 {
-    struct association *a = user;
     int64_t now = loop_now(a->ep->loop);
-    const struct rule *r = a->rules;
+    const struct rule *r = a->phase->rules;
     while (r->due && r->due(a) > now)
         r++;
     if (r->due)
@@ -2250,9 +2584,61 @@ static void assoc_fire(void *user)
     assoc_arm(a);
 }
 
+/* One piece of its work. What arrived comes before what is due: it may be what the deadline is about. */
+static void assoc_work(struct job *job)
+{
+    struct association *a = OWNER_OF(struct association, job, job);
+    struct letter *letter = a->inbox;
+    if (letter) {
+        a->inbox = letter->next;
+        a->inbox_last = a->inbox ? a->inbox_last : &a->inbox;
+        a->inbox_bytes -= letter->len;
+        a->phase->work(a, letter->data, letter->len);
+        free(letter);
+    } else {
+        a->due = false;
+        assoc_rule(a);
+    }
+    if (a->phase && (a->inbox || a->due))
+        job_add(a->ep->loop, &a->job);
+}
+
+static void assoc_fire(void *user)
+{
+    struct association *a = user;
+    a->due = true;
+    job_add(a->ep->loop, &a->job);
+}
+
+/* Keeps a datagram until it is its turn. */
+static void assoc_post(struct association *a, const uint8_t *p, size_t n)
+{
+    struct letter *letter = n <= INBOX_BYTES - a->inbox_bytes ? malloc(sizeof *letter + n) : NULL;
+    if (!letter) {
+        ep_count(a->ep, DTLS_DROP_LIMIT);
+        return;
+    }
+    *letter = (struct letter){.len = n};
+    memcpy(letter->data, p, n);
+    *a->inbox_last = letter;
+    a->inbox_last = &letter->next;
+    a->inbox_bytes += n;
+    job_add(a->ep->loop, &a->job);
+}
+
+static void assoc_input(struct association *a, const uint8_t *p, size_t n)
+{
+    if (a->phase)
+        a->phase->input(a, p, n);
+}
+
 static void assoc_destroy(struct object *o)
 {
     struct association *a = (struct association *)o;
+    for (struct letter *next; a->inbox; a->inbox = next) {
+        next = a->inbox->next;
+        free(a->inbox);
+    }
     timer_done(a->ep->loop, &a->timer);
     SSL_free(a->ssl);
     errors_clear();
@@ -2281,7 +2667,8 @@ static struct association *assoc_new(dtls_endpoint *ep)
     struct association *a = calloc(1, sizeof *a);
     if (!a)
         return NULL;
-    *a = (struct association){.object.destroy = assoc_destroy, .ep = ep, .buffers = true};
+    *a = (struct association){.object.destroy = assoc_destroy, .ep = ep, .buffers = true, .job.run = assoc_work};
+    a->inbox_last = &a->inbox;
     a->wire = (struct wire){.mtu = ep->cfg.mtu_bytes, .send = assoc_send, .owner = a, .counters = &ep->counters};
     list_init(&a->object);
     if (timer_init(ep->loop, &a->timer, assoc_fire, a) < 0) {
@@ -2329,9 +2716,13 @@ static void assoc_end(struct association *a, dtls_reason reason)
         SSL_set_shutdown(a->ssl, SSL_SENT_SHUTDOWN | SSL_RECEIVED_SHUTDOWN); /* the session stays good for resumption */
     }
     errors_clear();
-    a->rules = NULL;
+    a->phase = NULL;
     timer_stop(a->ep->loop, &a->timer);
-    table_remove(a);
+    job_remove(a->ep->loop, &a->job);
+    if (a->listed)
+        table_remove(&a->ep->associations, &a->entry);
+    a->listed = false;
+    source_leave(a);
     if (a->udp && a->udp->connected)
         udp_free(a->udp);
     loop_bury(a->ep->loop, &a->object);
@@ -2379,28 +2770,33 @@ static dtls_conn *conn_new(struct association *a, bool server)
     if (!c)
         return NULL;
     *c = (dtls_conn){.object.destroy = conn_destroy, .ep = a->ep, .trying = a, .server = server};
-    c->started = loop_now(a->ep->loop);
+    c->started = c->last_in = c->idle_raised = loop_now(a->ep->loop);
     list_init(&c->object);
     a->conn = c;
     return c;
 }
 
-static int conn_list(dtls_conn *c)
+static void conn_list(dtls_conn *c)
 {
     dtls_endpoint *ep = c->ep;
-    if (table_add(c->trying) < 0)
-        return DTLS_ERR_MEMORY;
+    struct association *a = c->trying;
+    table_add(&ep->associations, &a->entry, assoc_hash(ep, &a->peer));
+    a->listed = true;
+    c->serial = ++ep->serials;
     c->prev = ep->last;
     *(ep->last ? &ep->last->next : &ep->first) = c;
     ep->last = c;
     ep->counters.conns++;
     ep->counters.handshakes += c->server;
-    return 0;
 }
 
 static void conn_unlist(dtls_conn *c, bool was_open)
 {
     dtls_endpoint *ep = c->ep;
+    for (struct object *o = ep->walks.next; o != &ep->walks; o = o->next) {
+        struct walk *w = (struct walk *)o;
+        w->at = w->at == c ? c->next : w->at;
+    }
     *(c->prev ? &c->prev->next : &ep->first) = c->next;
     *(c->next ? &c->next->prev : &ep->last) = c->prev;
     ep->counters.conns--;
@@ -2419,24 +2815,105 @@ static void conn_raise(dtls_conn *c, dtls_event event, const void *data, size_t 
         c->ep->cfg.on_event(c, event, data, len);
 }
 
+/* The log. Each line is about a peer: its address, then what happened. */
+
+static void ep_log(const dtls_endpoint *ep, dtls_log level, const dtls_addr *peer, const char *text)
+{
+    const dtls_config *cfg = &ep->cfg;
+    char line[512], addr[DTLS_ADDR_TEXT];
+    if (!cfg->on_log)
+        return;
+    snprintf(line, sizeof line, "%s %s", dtls_addr_format(peer, addr, sizeof addr), text);
+    cfg->on_log(cfg->user, level, line);
+}
+
+/* Lines that differ only in numbers are of one kind. */
+static uint64_t kind_hash(const dtls_endpoint *ep, const char *text)
+{
+    uint8_t words[LINE_BYTES];
+    size_t n = 0;
+    for (; *text && n < sizeof words; text++)
+        if (*text < '0' || *text > '9')
+            words[n++] = (uint8_t)*text;
+    return table_hash(&ep->associations, words, n);
+}
+
+/* The kind of a line; with more kinds than places the last place is for all others. */
+static struct kind *kind_find(dtls_endpoint *ep, uint64_t hash)
+{
+    struct kind *found = NULL;
+    for (struct kind *k = ep->kinds; k < ep->kinds + KINDS; k++)
+        if (k->logged > 0 ? k->hash == hash : !found)
+            found = k;
+    return found ? found : &ep->kinds[KINDS - 1];
+}
+
+/* Says how many lines of the kind were not logged; false: none, and the next one is news again. */
+static bool kind_sum_up(dtls_endpoint *ep, struct kind *k, int64_t now)
+{
+    char text[LINE_BYTES + 64];
+    unsigned more = k->more;
+    if (more > 0) {
+        snprintf(text, sizeof text, "and %u more in %.1f s: %s", more, (double)(now - k->since) / 1e6, k->text);
+        k->more = 0;
+        k->since = now;
+        ep_log(ep, k->level, &k->last, text);
+    }
+    return more > 0;
+}
+
+static void kinds_sum_up(void *user)
+{
+    dtls_endpoint *ep = user;
+    int64_t now = loop_now(ep->loop), next = INT64_MAX;
+    for (struct kind *k = ep->kinds; k < ep->kinds + KINDS; k++) {
+        if (k->logged > 0 && (ep->closed || now >= k->since + us(KIND_MS)) && !kind_sum_up(ep, k, now))
+            k->logged = 0;
+        if (k->logged > 0)
+            next = earlier(next, k->since + us(KIND_MS));
+    }
+    if (next < INT64_MAX && !ep->closed)
+        timer_set(ep->loop, &ep->kinds_timer, next);
+}
+
+/* Whoever can send datagrams can cause these lines, so their number has a bound. */
+static void ep_log_stranger(dtls_endpoint *ep, dtls_log level, const dtls_addr *peer, const char *text)
+{
+    uint64_t hash = kind_hash(ep, text);
+    struct kind *k = kind_find(ep, hash);
+    if (!ep->cfg.on_log)
+        return;
+    if (k->logged == 0) {
+        *k = (struct kind){.hash = hash, .since = loop_now(ep->loop)};
+        if (!ep->kinds_timer.slot)
+            timer_set(ep->loop, &ep->kinds_timer, k->since + us(KIND_MS));
+    }
+    if (k->logged < KIND_LOGGED) {
+        k->logged++;
+        ep_log(ep, level, peer, text);
+        return;
+    }
+    k->more++;
+    k->level = level;
+    k->last = *peer;
+    snprintf(k->text, sizeof k->text, "%s", text);
+}
+
 static void conn_log(const dtls_conn *c, dtls_log level, const char *format, ...) PRINTF_LIKE(3, 4);
 static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, ...) PRINTF_LIKE(3, 4);
 
-/* One line: the peer's address, then what happened. */
 static void conn_log(const dtls_conn *c, dtls_log level, const char *format, ...)
 {
-    const dtls_config *cfg = &c->ep->cfg;
-    char line[512];
+    char text[LINE_BYTES];
     va_list args;
-    if (!cfg->on_log)
-        return;
-    dtls_addr_format(&conn_assoc(c)->peer, line, DTLS_ADDR_TEXT);
-    size_t n = strlen(line);
-    line[n++] = ' ';
     va_start(args, format);
-    vsnprintf(line + n, sizeof line - n, format, args);
+    vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    cfg->on_log(cfg->user, level, line);
+    bool strange = c->server && !c->open && (level == DTLS_LOG_WARNING || level == DTLS_LOG_DEBUG);
+    if (strange)
+        ep_log_stranger(c->ep, level, &conn_assoc(c)->peer, text);
+    else
+        ep_log(c->ep, level, &conn_assoc(c)->peer, text);
 }
 
 /* The one way a connection ends: its associations, then, once all is in order, what the application is told. */
@@ -2634,6 +3111,7 @@ static void traffic_read(struct association *a, bool only)
             traffic_read_nothing(a, SSL_get_error(a->ssl, r));
             return;
         }
+        a->authentic = true;
         c->last_in = c->ep->loop->now;
         c->messages_in += n > 0;
         c->bytes_in += n;
@@ -2657,27 +3135,32 @@ static void traffic_take(struct association *a, const uint8_t *p, size_t n)
     a->wire.in = NULL;
 }
 
-/* One datagram through the guard: runs of good records go to libssl together, most often the datagram as it is. */
+/* One datagram through the guard: runs of good records go to libssl together, most often the datagram as it is, but no
+ * more than it reads at once. */
 static void traffic_input(struct association *a, const uint8_t *p, size_t n)
 {
     const uint8_t *run = p;
     struct record r;
     for (; n > 0 && a->conn->state == CONN_OPEN; p += r.size, n -= r.size) {
         if (!record_parse(p, n, &r)) {
-            ep_count(a->ep, DTLS_DROP_MALFORMED);
+            ep_count(a->ep, record_drop(p, n));
             break; /* what follows cannot be found */
         }
         int verdict = guard_open(a->overhead, &r);
-        if (verdict == GUARD_PASS)
+        bool passes = verdict == GUARD_PASS;
+        if (passes && (size_t)(p - run) + r.size <= RECORD_HEADER + RECORD_BODY_MAX)
             continue;
-        ep_count(a->ep, (dtls_drop)verdict);
+        if (!passes)
+            ep_count(a->ep, (dtls_drop)verdict);
         if (p > run)
             traffic_take(a, run, (size_t)(p - run));
-        run = p + r.size;
+        run = passes ? p : p + r.size;
     }
     if (a->conn->state == CONN_OPEN && p > run)
         traffic_take(a, run, (size_t)(p - run));
 }
+
+static const struct phase traffic_phase = {traffic_rules, traffic_input, traffic_input};
 
 /* What the application does. */
 
@@ -2742,7 +3225,7 @@ void dtls_conn_info(const dtls_conn *c, dtls_info *info)
                         .connected = c->state == CONN_OPEN,
                         .resumed = c->resumed,
                         .age_ms = (now - c->started) / 1000,
-                        .silent_ms = (now - (c->last_in ? c->last_in : c->started)) / 1000,
+                        .silent_ms = (now - c->last_in) / 1000,
                         .messages_in = c->messages_in,
                         .messages_out = c->messages_out,
                         .bytes_in = c->bytes_in,
@@ -2797,6 +3280,7 @@ enum {
     FAILURES_MAX = 5,       /* after so many a client begins anew, */
     FAILURES_REFUSED = 2,   /* after the peer's alerts, */
     FAILURES_VERIFY = 1,    /* and after certificates that it refused itself */
+    UNPROVEN_RESENDS = 4,   /* of a server's first flight, to a client that may be somebody else's invention */
     NO_ALERT = -1
 };
 
@@ -2833,8 +3317,9 @@ static const uint8_t hs_follows[2][HS_STATES] = {
  * believed only if nothing plausible follows for a while, so that a forger cannot stop a handshake that goes on, and a
  * real refusal is still reported as such. */
 struct claim {
-    int64_t at; /* 0: there is none */
-    int alert;  /* or NO_ALERT */
+    bool made;
+    int64_t at;
+    int alert; /* or NO_ALERT */
     char text[REASON_BYTES];
 };
 
@@ -2849,6 +3334,7 @@ struct handshake {
     int64_t round_trip_us;                 /* the quickest answer to one; 0: there was none yet */
     bool cookies;                          /* this server has a cookie exchange: it takes a new start for what it is */
     unsigned resends;                      /* of the present flight */
+    unsigned earned;                       /* resends that a peer may draw who showed only its ClientHello */
     unsigned early;                        /* protected records that came before their keys */
     unsigned restarts, failures, refusals; /* refusals: certificates that we refused */
     struct claim claim;
@@ -2869,7 +3355,8 @@ static void hs_become(struct association *a, enum hs_state state)
 
 static bool hs_under_way(const struct association *a)
 {
-    return a->handshake && a->handshake->state != HS_FAILED && a->conn->state != CONN_CLOSED;
+    return a->handshake && a->handshake->state != HS_NEW && a->handshake->state != HS_FAILED &&
+           a->conn->state != CONN_CLOSED;
 }
 
 /* RFC 6347 section 4.2.4.1, with our first value and largest instead of libssl's 1 s and 60 s. Each wait is half as long
@@ -2967,7 +3454,7 @@ static size_t hs_record_overhead(const SSL_CIPHER *cipher)
 /* A new association from the same addresses takes this one's place. One whose client refused it says so. */
 static void hs_give_way(struct association *old)
 {
-    if (old->handshake && old->handshake->claim.at)
+    if (old->handshake && old->handshake->claim.made)
         conn_end(old->conn, DTLS_CLOSE_REFUSED, "%s", old->handshake->claim.text);
     else
         conn_end(old->conn, DTLS_CLOSE_REPLACED, "replaced by a new association from the same address");
@@ -2980,7 +3467,8 @@ static void hs_take_over(struct association *a)
     hs_become(a, HS_DONE);
     free(a->handshake);
     a->handshake = NULL;
-    a->rules = traffic_rules;
+    a->phase = &traffic_phase;
+    source_opened(a);
     a->overhead = hs_record_overhead(SSL_get_current_cipher(a->ssl));
     a->wire.mtu_settled = true;
     SSL_SESSION_free(c->session);
@@ -2988,7 +3476,7 @@ static void hs_take_over(struct association *a)
     c->open = a;
     c->trying = NULL;
     c->state = CONN_OPEN;
-    c->last_in = a->used_at = loop_now(a->ep->loop);
+    c->last_in = c->idle_raised = a->used_at = loop_now(a->ep->loop);
     a->ep->counters.handshakes -= c->server;
     a->ep->counters.handshakes_resumed += c->resumed;
     a->ep->counters.handshakes_full += !c->resumed;
@@ -3010,9 +3498,12 @@ static void hs_open(struct association *a)
         return;
     }
     /* The callbacks in here may end it; until it is open the application does not know it. */
-    struct association *old = c->server ? table_next_same(a) : NULL;
+    struct association *old = c->server ? assoc_next_same(a) : NULL;
     if (old) /* RFC 6347 section 4.2.8 */
         hs_give_way(old);
+    if (c->state == CONN_CONNECTING && a->source && at_limit(a->source->open, a->ep->cfg.max_conns_per_address))
+        conn_end(c, DTLS_CLOSE_VERIFY, "refused: max_conns_per_address (%d) is reached",
+                 a->ep->cfg.max_conns_per_address);
     if (c->state == CONN_CONNECTING)
         conn_log(c, DTLS_LOG_INFO, "connected: %s, %s, %s", c->peer_name, SSL_get_cipher_name(a->ssl),
                  c->resumed ? "resumed session" : "full handshake");
@@ -3092,7 +3583,7 @@ static void hs_begin_anew(struct association *a, int64_t now)
     h->step = TLS_ST_BEFORE;
     h->asked_at = now;
     h->cookies = false;
-    h->claim.at = 0;
+    h->claim.made = false;
     hs_become(a, HS_ASKING);
     conn_log(a->conn, DTLS_LOG_DEBUG, "begins its handshake anew");
     if (a->conn->state != CONN_CLOSED) /* the log may have ended it */
@@ -3102,6 +3593,7 @@ static void hs_begin_anew(struct association *a, int64_t now)
 /* The deadlines of a handshake. The first stays what it is; what arrives and passes the guard may move the others:
  *
  *   over         handshake_timeout_ms after its first datagram the connection ends
+ *   begin        a server's begins as soon as it is its turn
  *   anew         a client that failed begins anew after retransmit_ms: what else of that try is under way comes first
  *   believed     a claim that the peer refuses us is acted upon after a time in which nothing plausible came
  *   stalled      a client that made no progress for STALL_MS begins anew, later after each try
@@ -3120,6 +3612,18 @@ static void hs_over(struct association *a, int64_t now)
     hs_give_up(a, DTLS_CLOSE_TIMEOUT, text);
 }
 
+static int64_t hs_begin_at(const struct association *a)
+{
+    return a->conn->server && a->handshake->state == HS_NEW ? a->conn->started : INT64_MAX;
+}
+
+static void hs_begin(struct association *a, int64_t now)
+{
+    a->used_at = now;
+    hs_become(a, HS_FLIGHTS);
+    hs_drive(a);
+}
+
 static int64_t hs_anew_at(const struct association *a)
 {
     const struct handshake *h = a->handshake;
@@ -3136,12 +3640,16 @@ static int64_t hs_believed_at(const struct association *a)
 {
     const struct handshake *h = a->handshake;
     int64_t grace = us(CLAIM_GRACE_MS);
-    if (h->state == HS_FAILED || !h->claim.at)
+    int64_t between =
+        h->claim.at - a->conn->started + us(CLAIM_RETRY_MS); /* tries of a client that doubles its waits */
+    if (h->state == HS_FAILED || !h->claim.made)
         return INT64_MAX;
     if (hs_may_retry_refusal(h))
         grace = us(CLAIM_RETRY_MS);
     else if (a->conn->server && grace < us(a->ep->cfg.retransmit_max_ms))
-        grace = us(a->ep->cfg.retransmit_max_ms); /* the client may only be between two tries */
+        grace = us(a->ep->cfg.retransmit_max_ms);
+    if (a->conn->server && grace < between)
+        grace = between;
     return h->claim.at + grace + 2 * h->round_trip_us;
 }
 
@@ -3166,12 +3674,27 @@ static int64_t hs_stalled_at(const struct association *a)
     return h->step_at + patience * (2 + h->restarts) / 2 + 2 * h->round_trip_us;
 }
 
+/* Somebody who saw a ClientHello with its cookie can send it again in the other's name. So a client of which we know no
+ * more than that gets few flights, and then one for each time that it repeats its ClientHello. */
+static bool hs_is_owed_nothing(const struct association *a)
+{
+    return a->conn->server && !a->shown && a->handshake->resends >= a->handshake->earned;
+}
+
+static void hs_hello_again(struct association *a)
+{
+    if (hs_is_owed_nothing(a)) {
+        a->handshake->earned++;
+        assoc_arm(a);
+    }
+}
+
 /* libssl's timer follows the wall clock: after a step of that it could be far off, so no wait is longer than the longest
  * of ours. */
 static int64_t hs_retransmit_at(const struct association *a)
 {
     struct timeval left;
-    if (a->handshake->state == HS_FAILED || !DTLSv1_get_timeout(a->ssl, &left))
+    if (hs_is_owed_nothing(a) || a->handshake->state == HS_FAILED || !DTLSv1_get_timeout(a->ssl, &left))
         return INT64_MAX;
     return loop_now(a->ep->loop) +
            earlier(left.tv_sec * (int64_t)1000000 + left.tv_usec, us(a->ep->cfg.retransmit_max_ms));
@@ -3195,17 +3718,22 @@ static void hs_retransmit(struct association *a, int64_t now)
     }
 }
 
-static const struct rule hs_rules[] = {
-    {hs_over_at, hs_over},          {hs_anew_at, hs_begin_anew},       {hs_believed_at, hs_believed},
-    {hs_stalled_at, hs_begin_anew}, {hs_retransmit_at, hs_retransmit}, {NULL, NULL}};
+static const struct rule hs_rules[] = {{hs_over_at, hs_over},
+                                       {hs_begin_at, hs_begin},
+                                       {hs_anew_at, hs_begin_anew},
+                                       {hs_believed_at, hs_believed},
+                                       {hs_stalled_at, hs_begin_anew},
+                                       {hs_retransmit_at, hs_retransmit},
+                                       {NULL, NULL}};
 
 /* What arrives. */
 
 static void hs_claim(struct association *a, int alert, const char *text)
 {
     struct claim *claim = &a->handshake->claim;
-    if (!claim->at)
+    if (!claim->made)
         claim->at = loop_now(a->ep->loop);
+    claim->made = true;
     claim->alert = alert;
     snprintf(claim->text, sizeof claim->text, "%s%s", alert == NO_ALERT ? "" : "refused by the peer: ", text);
     assoc_arm(a);
@@ -3258,7 +3786,8 @@ static void hs_take(struct association *a, const struct record *r, bool keyed)
     a->handshake->early += r->epoch == 1 && !keyed;
     if (record_is_server_hello(r))
         hs_answered(a, r);
-    a->handshake->claim.at = 0;
+    a->handshake->claim.made = false;
+    source_shown(a);
     a->wire.in = r->start;
     a->wire.in_len = r->size;
     a->wire.in_renumber = r->epoch == 0;
@@ -3266,14 +3795,14 @@ static void hs_take(struct association *a, const struct record *r, bool keyed)
     a->wire.in = NULL;
 }
 
-/* One datagram through the guard. Each record goes alone, since it may change the state that the next one is checked
- * against. */
-static void hs_input(struct association *a, const uint8_t *p, size_t n)
+/* A datagram that waited. Each record goes alone through the guard, since it may change the state that the next one is
+ * checked against. */
+static void hs_work(struct association *a, const uint8_t *p, size_t n)
 {
     struct record r;
     for (; n > 0 && hs_under_way(a); p += r.size, n -= r.size) {
         if (!record_parse(p, n, &r)) {
-            ep_count(a->ep, DTLS_DROP_MALFORMED);
+            ep_count(a->ep, record_drop(p, n));
             return; /* what follows cannot be found */
         }
         struct guard g = hs_guard(a);
@@ -3289,6 +3818,29 @@ static void hs_input(struct association *a, const uint8_t *p, size_t n)
         traffic_input(a, p, n);
 }
 
+/* A datagram that arrives. What the guard would not let through whatever else happens before its turn does not wait for
+ * it, so that forgers do not fill the inbox. */
+static void hs_input(struct association *a, const uint8_t *p, size_t n)
+{
+    struct guard g = hs_guard(a);
+    struct record r;
+    g.hello_due = false;
+    g.keyed = true;
+    if (!hs_under_way(a)) {
+        ep_count(a->ep, DTLS_DROP_HANDSHAKE);
+        return;
+    }
+    for (size_t at = 0; at < n && record_parse(p + at, n - at, &r); at += r.size) {
+        if (guard_handshake(&g, &r) == GUARD_PASS) {
+            assoc_post(a, p, n);
+            return;
+        }
+    }
+    hs_work(a, p, n); /* nothing in it gets to libssl */
+}
+
+static const struct phase hs_phase = {hs_rules, hs_input, hs_work};
+
 /* Beginnings. */
 
 /* False: no memory. The association's connection is there, and its addresses are set. */
@@ -3298,8 +3850,9 @@ static bool hs_new(struct association *a)
     if (!h)
         return false;
     h->deadline = a->conn->started + us(a->ep->cfg.handshake_timeout_ms);
-    h->asked_at = h->step_at = a->conn->started;
-    a->rules = hs_rules;
+    h->asked_at = h->step_at = a->used_at = a->conn->started;
+    h->earned = UNPROVEN_RESENDS;
+    a->phase = &hs_phase;
     return true;
 }
 
@@ -3319,8 +3872,7 @@ static void hs_accept(struct association *a, const struct record *hello)
 {
     a->wire.in_sequence = hello->sequence + 1;
     DTLS_set_timer_cb(a->ssl, hs_retransmit_us); /* listening cleared it */
-    hs_become(a, HS_FLIGHTS);
-    hs_drive(a);
+    assoc_fire(a);
 }
 
 /* ==== 9. context ================================================================================================== */
@@ -3346,6 +3898,8 @@ static int config_check(dtls_config *cfg, dtls_error *err)
     config_default(&cfg->send_queue_bytes, 1048576);
     config_default(&cfg->socket_buffer_bytes, 1048576);
     config_default(&cfg->session_cache, 4096);
+    config_default(&cfg->max_conns_per_address, cfg->max_conns / 2 + 1);
+    config_default(&cfg->max_conns_per_identity, cfg->max_conns / 2 + 1);
     if (cfg->mtu_bytes < 256 || cfg->mtu_bytes > 65535)
         return fail(err, DTLS_ERR_ARG, "the MTU must be 256 to 65535 bytes");
     if (cfg->retransmit_max_ms > 600000) /* libssl counts in 32-bit microseconds */
@@ -3354,7 +3908,8 @@ static int config_check(dtls_config *cfg, dtls_error *err)
         cfg->idle_repeat_ms < 1 || cfg->idle_timeout_ms < DTLS_NEVER || cfg->idle_ms < DTLS_NEVER || cfg->cookie_ms < 1)
         return fail(err, DTLS_ERR_ARG, "a timer in the configuration is out of range");
     if (cfg->max_conns < 1 || cfg->max_handshakes < 1 || cfg->datagrams_per_turn < 1 || cfg->send_queue_bytes < 1 ||
-        cfg->socket_buffer_bytes < 1 || cfg->session_cache < DTLS_NEVER)
+        cfg->socket_buffer_bytes < 1 || cfg->session_cache < DTLS_NEVER || cfg->max_conns_per_address < DTLS_NEVER ||
+        cfg->max_conns_per_identity < DTLS_NEVER)
         return fail(err, DTLS_ERR_ARG, "a limit in the configuration is out of range");
     return 0;
 }
@@ -3551,42 +4106,86 @@ static int cookie_verify(SSL *ssl, const unsigned char *cookie, unsigned len)
 
 /* ClientHellos. */
 
-/* Too many handshakes: the oldest gives way, or whoever starts enough of them would lock all others out. */
-static void ep_crowd_out(dtls_endpoint *ep)
+/* One that has to be refused for longer hears of it: by a plaintext alert, which is smaller than its ClientHello. */
+static void ep_refuse(struct association *a, const struct record *hello, const char *why)
 {
-    dtls_conn *c = ep->first;
-    while (c && !(c->server && c->state == CONN_CONNECTING))
-        c = c->next;
-    if (c)
-        conn_end(c, DTLS_CLOSE_TIMEOUT, "gave way to newer handshakes");
+    uint8_t alert[RECORD_HEADER + 2] = {TYPE_ALERT, 0xfe, 0xfd};
+    memcpy(alert + 5, hello->start + 5, 6); /* with the ClientHello's number, as every answer to it */
+    alert[12] = 2;
+    alert[13] = SSL3_AL_FATAL;
+    alert[14] = SSL_AD_INTERNAL_ERROR; /* "makes it impossible to continue", and nothing is wrong with the client */
+    assoc_send(a, alert, sizeof alert);
+    ep_log_stranger(a->ep, DTLS_LOG_WARNING, &a->peer, why);
 }
 
-/* Makes room for one more handshake; old: what the same addresses have already. */
-static void ep_make_room(dtls_endpoint *ep, struct association *old)
+/* Whether there is a place for a newcomer with that address; for one that will replace what its address has there is. */
+static bool ep_has_place(struct association *a, const struct record *hello, const struct source *s)
 {
+    const dtls_config *cfg = &a->ep->cfg;
+    const dtls_counters *n = &a->ep->counters;
+    char why[LINE_BYTES];
+    if (at_limit(n->conns - n->handshakes, cfg->max_conns))
+        snprintf(why, sizeof why, "refused: max_conns (%d) is reached", cfg->max_conns);
+    else if (at_limit(s->open, cfg->max_conns_per_address))
+        snprintf(why, sizeof why, "refused: max_conns_per_address (%d) is reached", cfg->max_conns_per_address);
+    else
+        return true;
+    ep_refuse(a, hello, why);
+    return false;
+}
+
+/* Makes room for one more handshake, if the newcomer is to have it. It is not told otherwise: it asks again. */
+static bool ep_make_room(struct association *a, const struct source *s, bool replaces)
+{
+    dtls_endpoint *ep = a->ep;
     const dtls_counters *n = &ep->counters;
+    while (n->handshakes >= (size_t)ep->cfg.max_handshakes || (!replaces && n->conns >= (size_t)ep->cfg.max_conns)) {
+        struct association *victim = source_victim(ep, s);
+        if (!victim) {
+            ep_log_stranger(ep, DTLS_LOG_WARNING, &a->peer, "has to wait: too many handshakes are in progress");
+            return false;
+        }
+        conn_end(victim->conn, DTLS_CLOSE_TIMEOUT, "gave way to others: too many handshakes are in progress");
+    }
+    return !ep->closed; /* the log of the above may have ended the endpoint */
+}
+
+/* A connection for an association whose cookie was good. False: there is no place, or no memory. */
+static bool ep_admit(struct association *a, const struct record *hello, struct association *old)
+{
+    dtls_endpoint *ep = a->ep;
+    struct source *s = source_of(ep, &a->peer);
+    bool replaces = old && !old->handshake;
+    if (!s)
+        return false;
+    s->refs++; /* it must not go with the last of its handshakes while we look */
     if (old && old->handshake)
         hs_give_way(old);
-    while (n->handshakes > 0 &&
-           (n->handshakes >= (size_t)ep->cfg.max_handshakes || (!old && n->conns >= (size_t)ep->cfg.max_conns)))
-        ep_crowd_out(ep);
+    bool good = !ep->closed && (replaces || ep_has_place(a, hello, s)) && ep_make_room(a, s, replaces);
+    dtls_conn *c = good ? conn_new(a, true) : NULL;
+    good = c && hs_new(a);
+    if (good) {
+        source_join(a, s);
+        conn_list(c);
+    } else if (c) {
+        conn_destroy(&c->object);
+    }
+    s->refs--;
+    source_release(ep, s);
+    return good;
 }
 
 /* The spare association's cookie was good: it becomes a connection's. */
-static void ep_accept(dtls_endpoint *ep, const struct record *r, struct association *old)
+static void ep_accept(dtls_endpoint *ep, const struct record *hello, struct association *old)
 {
     struct association *a = ep->spare;
     ep->spare = NULL;
-    ep_make_room(ep, old);
-    dtls_conn *c = ep->closed ? NULL : conn_new(a, true); /* the log of the above may have ended the endpoint */
-    if (!c || !hs_new(a) || conn_list(c) < 0) {
+    if (ep_admit(a, hello, old)) {
+        hs_accept(a, hello);
+    } else {
         ep_count(ep, DTLS_DROP_LIMIT);
         assoc_destroy(&a->object);
-        if (c)
-            conn_destroy(&c->object);
-        return;
     }
-    hs_accept(a, r);
 }
 
 /* A ClientHello: from a stranger, or from a live peer's address (a restarted client, or somebody who only writes that
@@ -3595,8 +4194,7 @@ static void ep_accept(dtls_endpoint *ep, const struct record *r, struct associat
 static void ep_hello(dtls_endpoint *ep, struct udp *u, const struct record *r, const dtls_addr *from,
                      const dtls_addr *to, struct association *old)
 {
-    bool full = !old && ep->counters.conns - ep->counters.handshakes >= (size_t)ep->cfg.max_conns;
-    if (full || (!ep->spare && !(ep->spare = assoc_new(ep)))) {
+    if (!ep->spare && !(ep->spare = assoc_new(ep))) {
         ep_count(ep, DTLS_DROP_LIMIT);
         return;
     }
@@ -3621,42 +4219,47 @@ static void ep_hello(dtls_endpoint *ep, struct udp *u, const struct record *r, c
 }
 
 /* A repeated one: of a handshake under way, or of a connection's own. */
-static bool ep_knows_hello(const struct association *a, const struct record *r)
+static struct association *ep_hello_of(struct association *a, const struct record *r)
 {
-    for (; a; a = table_next_same(a))
-        if (memcmp(a->hello_random, r->body + HANDSHAKE_HEADER + 2, HELLO_RANDOM) == 0)
-            return true;
-    return false;
+    while (a && memcmp(a->hello_random, r->body + HANDSHAKE_HEADER + 2, HELLO_RANDOM) != 0)
+        a = assoc_next_same(a);
+    return a;
 }
 
 /* Datagrams. */
 
+/* Where there are two, each takes what it has the keys for. The open one comes first: somebody may have started the other
+ * in its peer's name. */
 static void ep_give(struct association *a, const uint8_t *p, size_t n)
 {
-    if (a->handshake)
-        hs_input(a, p, n);
-    else
-        traffic_input(a, p, n);
+    struct association *open = assoc_next_same(a);
+    if (open) {
+        open->authentic = false;
+        assoc_input(open, p, n);
+    }
+    if (!open || !open->authentic)
+        assoc_input(a, p, n);
 }
 
 static void ep_input(dtls_endpoint *ep, struct udp *u, const uint8_t *p, size_t n, const dtls_addr *from,
                      const dtls_addr *to)
 {
     struct record r;
-    struct association *a = table_find(ep, from, to);
+    struct association *a = assoc_find(ep, from, to);
     ep->counters.datagrams_in++;
     if (ep->listening && (!a || a->conn->server) && record_client_hello(p, n, &r)) {
-        if (r.sequence > HELLO_SEQUENCE_MAX || ep_knows_hello(a, &r))
-            ep_count(ep, DTLS_DROP_HELLO); /* repeated: our own timer sends the flight again */
+        struct association *known = ep_hello_of(a, &r);
+        if (known || r.sequence > HELLO_SEQUENCE_MAX)
+            ep_count(ep, DTLS_DROP_HELLO);
         else
             ep_hello(ep, u, &r, from, to, a);
-        return;
-    }
-    if (!a)
-        ep_count(ep, DTLS_DROP_STRANGER);
-    for (struct association *next; a; a = next) { /* where there are two, each takes what it has the keys for */
-        next = table_next_same(a);
+        if (known && known->handshake)
+            hs_hello_again(known);
+    } else if (a) {
         ep_give(a, p, n);
+    } else {
+        dtls_drop why = record_drop(p, n);
+        ep_count(ep, why == DTLS_DROP_MALFORMED ? DTLS_DROP_STRANGER : why);
     }
 }
 
@@ -3675,7 +4278,7 @@ static void ep_own_input(struct udp *u, const uint8_t *p, size_t n, const dtls_a
     struct association *a = u->user.owner;
     (void)from, (void)to;
     a->ep->counters.datagrams_in++;
-    ep_give(a, p, n);
+    assoc_input(a, p, n);
 }
 
 static void ep_own_failed(struct udp *u, int error)
@@ -3796,7 +4399,7 @@ static int ep_open_path(struct association *a, const dtls_target *t, const char 
     if (!ep->cfg.send && !(a->udp = udp_open(ep->loop, &user, &ep->sockets, NULL, &t->peer)))
         return fail(err, DTLS_ERR_SYSTEM, "%s: %s", text, strerror(errno));
     assoc_set_addresses(a, &t->peer, a->udp ? &a->udp->local : &t->local);
-    return table_find(ep, &a->peer, &a->local) ? fail(err, DTLS_ERR_STATE, "%s: connected already", text) : 0;
+    return assoc_find(ep, &a->peer, &a->local) ? fail(err, DTLS_ERR_STATE, "%s: connected already", text) : 0;
 }
 
 /* What can be refused before anything is made. */
@@ -3831,8 +4434,7 @@ static int ep_start(dtls_conn *c, const dtls_target *t, const char *text, dtls_e
         return fail(err, DTLS_ERR_MEMORY, "out of memory");
     if (ep_open_path(c->trying, t, text, err) < 0 || ep_set_target(c, t, text, err) < 0)
         return -1;
-    if (conn_list(c) < 0)
-        return fail(err, DTLS_ERR_MEMORY, "out of memory");
+    conn_list(c);
     if (hs_connect(c->trying))
         return 0;
     conn_unlist(c, false);
@@ -3876,6 +4478,55 @@ void dtls_endpoint_each(dtls_endpoint *ep, void (*fn)(dtls_conn *conn, void *use
     loop_leave(ep->loop);
 }
 
+static void walk_end(struct walk *w)
+{
+    dtls_loop *l = w->ep->loop;
+    if (w->over)
+        return;
+    w->over = true;
+    w->ep->walks_len--;
+    job_remove(l, &w->job);
+    loop_bury(l, &w->object);
+    w->fn(NULL, w->user);
+}
+
+static void walk_on(struct job *job)
+{
+    struct walk *w = OWNER_OF(struct walk, job, job);
+    for (int n = WALK_STEP; n > 0 && !w->over && w->at && w->at->serial <= w->serial; n--) {
+        dtls_conn *c = w->at;
+        w->at = c->next;
+        if (c->state == CONN_OPEN)
+            w->fn(c, w->user);
+    }
+    if (w->over)
+        return;
+    if (w->at && w->at->serial <= w->serial)
+        job_add(w->ep->loop, job);
+    else
+        walk_end(w);
+}
+
+int dtls_endpoint_walk(dtls_endpoint *ep, void (*fn)(dtls_conn *conn, void *user), void *user)
+{
+    if (ep->closed)
+        return DTLS_ERR_STATE;
+    if (ep->walks_len == WALKS_MAX)
+        return DTLS_ERR_LIMIT;
+    struct walk *w = calloc(1, sizeof *w);
+    if (!w)
+        return DTLS_ERR_MEMORY;
+    *w = (struct walk){
+        .object.destroy = object_free, .job.run = walk_on, .ep = ep, .at = ep->first, .fn = fn, .user = user};
+    w->serial = ep->serials;
+    list_add(&ep->walks, &w->object);
+    ep->walks_len++;
+    loop_enter(ep->loop);
+    job_add(ep->loop, &w->job);
+    loop_leave(ep->loop);
+    return 0;
+}
+
 void dtls_endpoint_counters(const dtls_endpoint *ep, dtls_counters *counters)
 {
     *counters = ep->counters;
@@ -3883,9 +4534,9 @@ void dtls_endpoint_counters(const dtls_endpoint *ep, dtls_counters *counters)
 
 const char *dtls_drop_name(dtls_drop reason)
 {
-    static const char *const names[DTLS_DROP_COUNT] = {"malformed", "oversize",  "stranger", "hello",
-                                                       "limit",     "epoch",     "short",    "alert",
-                                                       "data",      "handshake", "early",    "send"};
+    static const char *const names[DTLS_DROP_COUNT] = {"malformed", "oversize", "stranger", "hello", "limit",
+                                                       "epoch",     "short",    "alert",    "data",  "handshake",
+                                                       "early",     "send",     "DTLS 1.3", "CID"};
     return (unsigned)reason < DTLS_DROP_COUNT ? names[reason] : "unknown";
 }
 
@@ -3904,7 +4555,9 @@ static void ep_destroy(struct object *o)
     dtls_endpoint *ep = (dtls_endpoint *)o;
     if (ep->spare)
         assoc_destroy(&ep->spare->object);
-    free(ep->table);
+    free(ep->associations.slots);
+    free(ep->sources.slots);
+    timer_done(ep->loop, &ep->kinds_timer);
     BIO_ADDR_free(ep->listen_addr);
     SSL_CTX_free(ep->ctx);
     BIO_meth_free(ep->bio_method);
@@ -3919,6 +4572,10 @@ static void ep_end(struct object *o)
     ep->listening = false;
     while (ep->first)
         conn_end(ep->first, DTLS_CLOSE_LOCAL, "closed here");
+    while (ep->walks.next != &ep->walks)
+        walk_end((struct walk *)ep->walks.next);
+    kinds_sum_up(ep);
+    timer_stop(ep->loop, &ep->kinds_timer);
     while (ep->sockets.next != &ep->sockets)
         udp_free((struct udp *)ep->sockets.next);
     loop_bury(ep->loop, o); /* behind its connections: they need its SSL_CTX and BIO_METHOD to the end */
@@ -3945,7 +4602,12 @@ static int ep_setup(dtls_endpoint *ep, dtls_error *err)
     ep->ctx = SSL_CTX_new(DTLS_method());
     if (!ep->bio_method || !ep->listen_addr || !ep->ctx)
         return fail(err, DTLS_ERR_MEMORY, "out of memory");
-    if (RAND_bytes(ep->hash_key, sizeof ep->hash_key) != 1 || RAND_bytes(&ep->secret[0][0], sizeof ep->secret) != 1)
+    if (!table_init(&ep->associations, (size_t)ep->cfg.max_conns) ||
+        !table_init(&ep->sources, (size_t)ep->cfg.max_conns))
+        return fail(err, DTLS_ERR_MEMORY, "out of memory");
+    if (RAND_bytes(ep->associations.key, sizeof ep->associations.key) != 1 ||
+        RAND_bytes(ep->sources.key, sizeof ep->sources.key) != 1 ||
+        RAND_bytes(&ep->secret[0][0], sizeof ep->secret) != 1)
         return fail(err, DTLS_ERR_TLS, "OpenSSL has no random numbers");
     ep->secret_at = loop_now(ep->loop);
     if (ctx_defaults(ep->ctx, &ep->cfg, err) < 0)
@@ -3966,6 +4628,12 @@ dtls_endpoint *dtls_endpoint_new(dtls_loop *l, const dtls_config *config, dtls_e
     }
     *ep = (dtls_endpoint){.object = {.end = ep_end, .destroy = ep_destroy}, .loop = l, .cfg = *config};
     list_init(&ep->sockets);
+    list_init(&ep->walks);
+    if (timer_init(l, &ep->kinds_timer, kinds_sum_up, ep) < 0) {
+        free(ep);
+        fail(err, DTLS_ERR_MEMORY, "out of memory");
+        return NULL;
+    }
     errors_clear();
     int r = ep_setup(ep, err);
     errors_clear();
@@ -4261,7 +4929,7 @@ struct command {
 
 /* Several lines for one client, in messages of whole lines, each of a size that needs no IP fragmentation. */
 struct pager {
-    dtls_conn *to;
+    dtls_conn *to; /* it has this as its user pointer; NULL: it is gone */
     char page[DTLS_MESSAGE_MAX];
     size_t len;
 };
@@ -4282,18 +4950,25 @@ static void service_send_peer(dtls_conn *c, const char *before)
 
 static void pager_flush(struct pager *p)
 {
-    service_send(p->to, (struct message){p->page, p->len});
+    if (p->to)
+        service_send(p->to, (struct message){p->page, p->len});
     p->len = 0;
 }
 
 static void pager_add(struct pager *p, const char *line, size_t len)
 {
-    if (p->len > 0 && p->len + 1 + len > dtls_conn_payload_max(p->to))
+    if (p->len > 0 && (!p->to || p->len + 1 + len > dtls_conn_payload_max(p->to)))
         pager_flush(p);
     if (p->len > 0)
         p->page[p->len++] = '\n';
     memcpy(p->page + p->len, line, len);
     p->len += len;
+}
+
+/* For a command that did not get its memory, or its turn among all the others that are under way. */
+static void service_send_busy(dtls_conn *c)
+{
+    service_send(c, (struct message){"busy, try again", 15});
 }
 
 static void command_ping(dtls_conn *c, struct message text)
@@ -4308,38 +4983,68 @@ static void command_whoami(dtls_conn *c, struct message text)
     service_send_peer(c, "");
 }
 
+/* One line for each client; at last, without one, it is sent. */
 static void command_stats_line(dtls_conn *c, void *user)
 {
     char line[512], addr[DTLS_ADDR_TEXT];
+    struct pager *p = user;
     dtls_info i;
+    if (!c) {
+        pager_flush(p);
+        if (p->to)
+            dtls_conn_set_user(p->to, NULL);
+        free(p);
+        return;
+    }
     dtls_conn_info(c, &i);
     int n = snprintf(line, sizeof line, "%s %s, %lld s, in %llu messages %llu bytes, out %llu messages %llu bytes%s",
                      dtls_addr_format(&i.peer, addr, sizeof addr), i.peer_name, (long long)(i.age_ms / 1000),
                      (unsigned long long)i.messages_in, (unsigned long long)i.bytes_in,
                      (unsigned long long)i.messages_out, (unsigned long long)i.bytes_out, i.resumed ? ", resumed" : "");
-    pager_add(user, line, (size_t)n);
+    pager_add(p, line, (size_t)n);
 }
 
 static void command_stats(dtls_conn *c, struct message text)
 {
-    struct pager pager = {.to = c};
+    struct pager *p = dtls_conn_user(c) ? NULL : calloc(1, sizeof *p);
     char line[64];
     dtls_counters n;
     (void)text;
     dtls_endpoint_counters(dtls_conn_endpoint(c), &n);
-    pager_add(&pager, line, (size_t)snprintf(line, sizeof line, "users: %zu", n.conns - n.handshakes));
-    dtls_endpoint_each(dtls_conn_endpoint(c), command_stats_line, &pager);
-    pager_flush(&pager);
+    if (p) {
+        p->to = c;
+        dtls_conn_set_user(c, p);
+        pager_add(p, line, (size_t)snprintf(line, sizeof line, "users: %zu", n.conns - n.handshakes));
+    }
+    if (p && dtls_endpoint_walk(dtls_conn_endpoint(c), command_stats_line, p) == 0)
+        return;
+    if (p)
+        dtls_conn_set_user(c, NULL);
+    free(p);
+    service_send_busy(c);
 }
 
 static void command_bc_one(dtls_conn *c, void *user)
 {
-    service_send(c, *(const struct message *)user);
+    struct message *m = user;
+    if (c)
+        service_send(c, *m);
+    else
+        free(m);
 }
 
+/* The text is kept behind the message, since those who are last get it some turns later. */
 static void command_bc(dtls_conn *c, struct message text)
 {
-    dtls_endpoint_each(dtls_conn_endpoint(c), command_bc_one, &text);
+    struct message *m = malloc(sizeof *m + text.len);
+    if (m) {
+        memcpy(m + 1, text.text, text.len);
+        *m = (struct message){(const char *)(m + 1), text.len};
+    }
+    if (m && dtls_endpoint_walk(dtls_conn_endpoint(c), command_bc_one, m) == 0)
+        return;
+    free(m);
+    service_send_busy(c);
 }
 
 static const struct command commands[] = {{.form = "ping", .run = command_ping},      /* "pong" */
@@ -4383,6 +5088,9 @@ static void service_event(dtls_conn *c, dtls_event event, const void *data, size
     struct message text;
     if (event == DTLS_EV_CONNECTED)
         service_send_peer(c, "hello, ");
+    struct pager *pager = event == DTLS_EV_CLOSED ? dtls_conn_user(c) : NULL;
+    if (pager)
+        pager->to = NULL;
     if (event != DTLS_EV_MESSAGE)
         return;
     const struct command *command = command_parse(data, len, &text);

@@ -215,9 +215,12 @@ typedef struct dtls_config {
     int cookie_ms;            /* 60,000: a cookie secret is used for so long, and stays valid as long again */
 
     /* Sizes and limits. */
-    int mtu_bytes;           /* 1,500: the link's MTU with IP and UDP headers, 256 to 65,535; sizes handshake flights */
-    int max_conns;           /* 4,096, those in handshake included; a restarted peer has two during its handshake */
-    int max_handshakes;      /* 512 accepted handshakes in progress; one more ends the oldest */
+    int mtu_bytes; /* 1,500: the link's MTU with IP and UDP headers, 256 to 65,535; sizes handshake flights */
+    int max_conns; /* 4,096, those in handshake included; a restarted peer has two during its handshake */
+    int max_conns_per_address; /* half of max_conns and one, connected from one IPv4 address or IPv6 /64; or DTLS_NEVER */
+    int max_conns_per_identity; /* half of max_conns and one, connected with the same certificate; or DTLS_NEVER */
+    int max_handshakes; /* 512 accepted handshakes in progress. A client more has to ask again, unless another address */
+                        /* (IPv4, or IPv6 /64 in a /48) has more of them than its own, or had its time: 3 s */
     int datagrams_per_turn;  /* 64 read from one socket before the others get their turn */
     int send_queue_bytes;    /* 1,048,576 waiting per socket when the system will not take more; macOS and the BSDs */
                              /* drop instead, and nothing waits */
@@ -258,6 +261,11 @@ int dtls_endpoint_input(dtls_endpoint *ep, const void *data, size_t len, const d
 /* Calls fn for each connected peer (not those still in handshake); fn may close any of them. */
 void dtls_endpoint_each(dtls_endpoint *ep, void (*fn)(dtls_conn *conn, void *user), void *user);
 
+/* The same by turns, for very many: calls fn for each peer that is connected now, as long as it is, some in each turn of
+ * the loop, so that nobody else has to wait; and then fn(NULL, user), also where the endpoint is freed meanwhile. The first
+ * calls may come before this returns. 0; or DTLS_ERR_LIMIT (64 at once), _MEMORY or _STATE, and fn is not called. */
+int dtls_endpoint_walk(dtls_endpoint *ep, void (*fn)(dtls_conn *conn, void *user), void *user);
+
 /* config.user, and the loop it was made on (to stop it from a callback, say). */
 void *dtls_endpoint_user(const dtls_endpoint *ep);
 dtls_loop *dtls_endpoint_loop(const dtls_endpoint *ep);
@@ -271,14 +279,16 @@ typedef enum dtls_drop {
     DTLS_DROP_OVERSIZE,  /* larger than any record */
     DTLS_DROP_STRANGER,  /* neither a ClientHello nor from a known peer */
     DTLS_DROP_HELLO,     /* a ClientHello that is malformed, or repeated on a live connection */
-    DTLS_DROP_LIMIT,     /* max_conns reached, or no memory */
+    DTLS_DROP_LIMIT,     /* a limit is reached, or no memory */
     DTLS_DROP_EPOCH,     /* unprotected record on an established connection, or an epoch that cannot be */
     DTLS_DROP_SHORT,     /* protected record with no room for nonce and tag: fatal to OpenSSL */
     DTLS_DROP_ALERT,     /* unprotected alert during a handshake: anybody can send one */
     DTLS_DROP_DATA,      /* unprotected application data */
     DTLS_DROP_HANDSHAKE, /* handshake or ChangeCipherSpec record that no real peer sends */
     DTLS_DROP_EARLY,     /* protected records ahead of the handshake, beyond the handful that is kept */
-    DTLS_DROP_SEND,      /* outgoing datagram that the system refused */
+    DTLS_DROP_SEND,      /* outgoing datagram that the system refused, or the transport, in a handshake */
+    DTLS_DROP_DTLS13,    /* what looks like a record of DTLS 1.3 (RFC 9147) */
+    DTLS_DROP_CID,       /* a record with a connection ID (RFC 9146) */
     DTLS_DROP_COUNT
 } dtls_drop;
 

@@ -418,15 +418,23 @@ static void connect_from(uint16_t port)
     connect_client(NULL);
 }
 
-static int drop_to_clients_after_cookie(const struct datagram *d)
+/* Clients at 192.0.2.2 get nothing but HelloVerifyRequests, so that they stop behind their ClientHello. */
+static int drop_after_cookie(const struct datagram *d)
 {
-    return d->to.port != server_addr.port && d->data[13] != 3; /* only HelloVerifyRequests get through */
+    return d->to.ip[3] == 2 && d->to.port != server_addr.port && d->data[13] != 3;
+}
+
+static void connect_from_elsewhere(uint16_t port)
+{
+    client_addr.ip[3] = 9;
+    connect_from(port);
+    client_addr.ip[3] = 2;
 }
 
 static void test_limits(void)
 {
     dtls_counters n;
-    start((dtls_config){.max_conns = 2}, (dtls_config){.handshake_timeout_ms = 300});
+    start((dtls_config){.max_conns = 2}, (dtls_config){0});
     for (uint16_t i = 0; i < 2; i++) {
         connect_from((uint16_t)(6000 + i));
         wait_for(&server.connected, i + 1);
@@ -437,14 +445,21 @@ static void test_limits(void)
     dtls_endpoint_counters(server.ep, &n);
     CHECK_THAT(server.connected == 2 && client.closed == 1 && n.conns == 2 && n.dropped[DTLS_DROP_LIMIT] > 0,
                "no more connections than max_conns");
+    CHECK_THAT(client.reason == DTLS_CLOSE_REFUSED && strstr(client.reason_text, "internal error"),
+               "who is one too many hears of it");
     dtls_conn_close(last);
     wait_for(&server.closed, 1);
     connect_from(6009);
     CHECK_THAT(wait_for(&server.connected, 3), "one leaves, one gets in");
     stop();
+}
 
-    start((dtls_config){.max_handshakes = 3, .handshake_timeout_ms = 300}, (dtls_config){.handshake_timeout_ms = 5000});
-    wire_drop = drop_to_clients_after_cookie;
+static void test_shares(void)
+{
+    dtls_counters n;
+    start((dtls_config){.max_handshakes = 3, .handshake_timeout_ms = 1500},
+          (dtls_config){.handshake_timeout_ms = 5000});
+    wire_drop = drop_after_cookie;
     for (uint16_t i = 0; i < 30; i++) { /* ten times the limit, none of them completes */
         connect_from((uint16_t)(7000 + i));
         while (wire_len > 0)
@@ -452,21 +467,41 @@ static void test_limits(void)
         dtls_endpoint_counters(server.ep, &n);
         CHECK(n.handshakes <= 3);
     }
-    wire_drop = NULL;
-    connect_from(7999);
-    CHECK_THAT(n.handshakes == 3 && wait_for(&server.connected, 1), "silent handshakes lock nobody out");
-    wire_drop = drop_to_clients_after_cookie;
+    CHECK_EQ(n.handshakes_failed, 0, "a crowd from one address throws out none of its own");
+    connect_from_elsewhere(7999);
+    CHECK_THAT(n.handshakes == 3 && wait_for(&server.connected, 1), "it locks nobody else out");
+    dtls_endpoint_counters(server.ep, &n);
+    CHECK_EQ(n.handshakes_failed, 1, "one of it gave way");
     dtls_endpoint_free(client.ep);
     side_open(&client, "client", (dtls_config){.send = on_send});
-    for (int i = 0; i < 200 && n.handshakes > 0; i++) {
+    for (int i = 0; i < 400 && n.handshakes > 0; i++) {
         dtls_loop_poll(loop, 5);
         dtls_endpoint_counters(server.ep, &n);
     }
     wire_drop = NULL;
     wire_len = 0;
-    CHECK_THAT(n.handshakes == 0 && n.handshakes_failed >= 30, "handshakes that stop leave at the deadline");
+    CHECK_THAT(n.handshakes == 0 && n.handshakes_failed >= 3, "handshakes that stop leave at the deadline");
     connect_from(8000);
     CHECK_THAT(wait_for(&server.connected, 2), "and a good one still gets in");
+    stop();
+}
+
+static void test_one_address(void)
+{
+    dtls_counters n;
+    start((dtls_config){.max_conns = 4, .max_conns_per_address = 2}, (dtls_config){0});
+    for (uint16_t i = 0; i < 2; i++) {
+        connect_from((uint16_t)(6000 + i));
+        wait_for(&client.connected, i + 1);
+        wait_for(&server.connected, i + 1);
+    }
+    connect_from(6002);
+    CHECK_THAT(wait_for(&client.closed, 1) && client.reason == DTLS_CLOSE_REFUSED && server.connected == 2,
+               "one more of the same address hears that it is refused");
+    connect_from_elsewhere(6000);
+    CHECK_THAT(wait_for(&server.connected, 3) && wait_for(&client.connected, 3), "another address gets in");
+    dtls_endpoint_counters(server.ep, &n);
+    CHECK_THAT(n.conns == 3 && n.dropped[DTLS_DROP_LIMIT] > 0, "and it was counted");
     stop();
 }
 
@@ -488,6 +523,8 @@ int main(int argc, char **argv)
         {"poisoned queue", test_poisoned_queue},
         {"forgeries", test_forgeries},
         {"limits", test_limits},
+        {"shares", test_shares},
+        {"one address", test_one_address},
     };
     return RUN_TESTS("memory", tests, argc, argv);
 }
