@@ -1080,7 +1080,7 @@ static void test_sessions(void)
     client.id = &brief;
     start((dtls_config){0}, (dtls_config){0});
     session = first_session();
-    while (X509_cmp_current_time(X509_get0_notAfter(brief.cert)) > 0)
+    while (ASN1_TIME_cmp_time_t(X509_get0_notAfter(brief.cert), time(NULL)) > 0)
         usleep(20000); /* the one thing here that no virtual clock moves */
     connect_client(session);
     CHECK_THAT(wait_for(&client.closed, 2) && server.connected == 1,

@@ -87,8 +87,10 @@ static struct identity issue(long serial, const char *name, const char *usage)
     ASN1_TIME_set_string(X509_getm_notBefore(id.cert), "20200101000000Z");
     ASN1_TIME_set_string(X509_getm_notAfter(id.cert), "20991231235959Z");
     X509_set_pubkey(id.cert, id.key);
-    X509_NAME_add_entry_by_txt(X509_get_subject_name(id.cert), "CN", MBSTRING_ASC, (const unsigned char *)name, -1, -1,
-                               0);
+    X509_NAME *subject = X509_NAME_new();
+    X509_NAME_add_entry_by_txt(subject, "CN", MBSTRING_ASC, (const unsigned char *)name, -1, -1, 0);
+    X509_set_subject_name(id.cert, subject);
+    X509_NAME_free(subject);
     struct identity issuer = usage ? ca : id;
     X509_set_issuer_name(id.cert, X509_get_subject_name(issuer.cert));
     extend(id.cert, issuer.cert, NID_basic_constraints, usage ? "critical,CA:FALSE" : "critical,CA:TRUE");
