@@ -5,7 +5,7 @@
 # Needs root, debootstrap, which it installs, and a Debian mirror: that of this machine, or MIRROR. While the cells of other
 # processors are tested, all of this machine's programs for them go to qemu.
 set -u
-cells='bullseye bookworm trixie sid i386 aarch64 musl'
+cells='bullseye bookworm trixie sid experimental i386 aarch64 musl'
 
 [ $# -gt 0 ] && [ -n "$1" ] || {
     sed -n '4s/^# //p' "$0" >&2
@@ -77,9 +77,21 @@ builds() { # cell, environment
     inside "$2 make -B CFLAGS='-O2 -Werror' all libdtls.a && ./dtls --version" || not_ok "$1" 'builds with warnings'
 }
 
+debian() { # release, beginning of OpenSSL's version
+    system "$1" "$1" "$native" && all_of_it "$1" "$2"
+}
+
+# sid with the OpenSSL that is still in experimental.
+cell_experimental() {
+    system experimental sid "$native" || return
+    echo "deb ${mirror:-http://deb.debian.org/debian} experimental main" >"$root/etc/apt/sources.list.d/experimental.list"
+    printf 'Package: src:openssl\nPin: release a=experimental\nPin-Priority: 990\n' >"$root/etc/apt/preferences.d/openssl"
+    inside 'apt-get update' || not_ok experimental 'packages' || return
+    all_of_it experimental 4.0
+}
+
 # As on a new machine, then with all that tests can make use of. LLVM and libwolfssl-dev take a gigabyte.
-debian() { # cell, beginning of OpenSSL's version
-    system "$1" "$1" "$native" || return
+all_of_it() { # cell, beginning of OpenSSL's version
     inside 'echo ping | make demo' && grep -q '^pong$' "$log" || not_ok "$1" 'make demo' || return
     builds "$1" '' || return
     inside ./test.sh || not_ok "$1" "./test.sh: $(counted)" || return
@@ -166,6 +178,7 @@ for cell in $cells; do
     bookworm) debian bookworm 3.0 ;;
     trixie) debian trixie 3.5 ;;
     sid) debian sid '' ;;
+    experimental) cell_experimental ;;
     aarch64) emulated aarch64 arm64 aarch64-linux-gnu 02 b7 ;;
     i386) emulated i386 i386 i686-linux-gnu 01 03 ;;
     musl) cell_musl ;;
