@@ -101,6 +101,13 @@
 #elif OPENSSL_VERSION_NUMBER < 0x30000000L
 #define SSL_get1_peer_certificate SSL_get_peer_certificate
 #endif
+#if OPENSSL_VERSION_NUMBER < 0x40000000L /* the store's own list; later one has to take a copy */
+#define store_objects X509_STORE_get0_objects
+#define store_objects_free(list) ((void)(list))
+#else
+#define store_objects X509_STORE_get1_objects
+#define store_objects_free(list) sk_X509_OBJECT_pop_free(list, X509_OBJECT_free)
+#endif
 
 static int64_t clock_monotonic_us(void *user)
 {
@@ -3000,13 +3007,20 @@ static char *name_copy(const char *name, int *r)
     return copy;
 }
 
+/* Is it over? Yes, if it cannot be read. */
+static bool time_is_past(const ASN1_TIME *t)
+{
+    return ASN1_TIME_cmp_time_t(t, time(NULL)) <= 0;
+}
+
 /* The peer's name, for logs. False: there is one, but it cannot be read; a peer must not pass for one without. */
 static bool name_read(dtls_conn *c, X509 *cert)
 {
-    X509_NAME *subject = X509_get_subject_name(cert);
-    int at = X509_NAME_get_index_by_NID(subject, NID_commonName, -1);
+    /* No variable for the name: OpenSSL 4.0 gives a const one only, 1.1.1 does not take that here. */
+    int at = X509_NAME_get_index_by_NID(X509_get_subject_name(cert), NID_commonName, -1);
+    const X509_NAME_ENTRY *entry = at < 0 ? NULL : X509_NAME_get_entry(X509_get_subject_name(cert), at);
     unsigned char *utf8 = NULL;
-    int n = at < 0 ? -1 : ASN1_STRING_to_UTF8(&utf8, X509_NAME_ENTRY_get_data(X509_NAME_get_entry(subject, at)));
+    int n = entry ? ASN1_STRING_to_UTF8(&utf8, X509_NAME_ENTRY_get_data(entry)) : -1;
     int end = n < NAME_MAX_BYTES ? n : NAME_MAX_BYTES;
     while (end > 0 && end < n && (utf8[end] & 0xc0) == 0x80) /* not in the middle of a character */
         end--;
@@ -3433,7 +3447,7 @@ static const char *hs_refusal(const struct association *a, X509 *cert)
 {
     const dtls_conn *c = a->conn;
     int bad = X509_V_OK;
-    if (cert && c->resumed && X509_cmp_current_time(X509_get0_notAfter(cert)) <= 0)
+    if (cert && c->resumed && time_is_past(X509_get0_notAfter(cert)))
         bad = X509_V_ERR_CERT_HAS_EXPIRED;
     else if (cert && c->resumed && !c->server && !name_is_expected(a, cert))
         bad = X509_V_ERR_HOSTNAME_MISMATCH;
@@ -3937,8 +3951,8 @@ static int ctx_check_dates(SSL_CTX *ctx, const char *file, dtls_error *err)
 {
     X509 *cert = SSL_CTX_get0_certificate(ctx);
     const ASN1_TIME *from = X509_get0_notBefore(cert), *to = X509_get0_notAfter(cert);
-    bool expired = X509_cmp_current_time(to) <= 0;
-    if (!expired && X509_cmp_current_time(from) <= 0)
+    bool expired = time_is_past(to);
+    if (!expired && time_is_past(from))
         return 0;
     char date[64] = "";
     BIO *b = BIO_new(BIO_s_mem());
@@ -4013,13 +4027,14 @@ static int ctx_check(SSL_CTX *ctx, dtls_error *err)
     if (X509_check_purpose(SSL_CTX_get0_certificate(ctx), -1, 0) != 1)
         return fail(err, DTLS_ERR_CERT, "the certificate has extensions that OpenSSL cannot read");
     /* The same with a CA, and with its key, and refuses every peer. */
-    STACK_OF(X509_OBJECT) *trusted = X509_STORE_get0_objects(SSL_CTX_get_cert_store(ctx));
+    STACK_OF(X509_OBJECT) *trusted = store_objects(SSL_CTX_get_cert_store(ctx));
+    int bad = trusted == NULL;
     for (int i = 0; i < sk_X509_OBJECT_num(trusted); i++) {
         X509 *ca = X509_OBJECT_get0_X509(sk_X509_OBJECT_value(trusted, i));
-        if (ca && (!X509_get0_pubkey(ca) || X509_check_purpose(ca, -1, 0) != 1))
-            return fail(err, DTLS_ERR_CERT, "a CA certificate has a key or extensions that OpenSSL cannot read");
+        bad += ca && (!X509_get0_pubkey(ca) || X509_check_purpose(ca, -1, 0) != 1);
     }
-    return 0;
+    store_objects_free(trusted);
+    return bad ? fail(err, DTLS_ERR_CERT, "a CA certificate has a key or extensions that OpenSSL cannot read") : 0;
 }
 
 /* What on_ssl_ctx may change later. */
