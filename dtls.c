@@ -440,6 +440,13 @@ static void addr_pack(const dtls_addr *a, uint8_t out[ADDR_PACKED])
     out[23] = 0;
 }
 
+static char *text_copy(const char *text)
+{
+    size_t n = strlen(text) + 1;
+    char *copy = malloc(n);
+    return copy ? memcpy(copy, text, n) : NULL;
+}
+
 static uint64_t sip_rotate(uint64_t x, int bits)
 {
     return x << bits | x >> (64 - bits);
@@ -1839,7 +1846,7 @@ enum {
 
 /* What the guard lets through. */
 enum {
-    CERTIFICATES_LENGTH_MAX = 32768, /* a long chain */
+    CA_NAMES_LENGTH_MAX = 32768, /* of a CertificateRequest */
     HELLO_LENGTH_MAX = 4096,
     KEY_LENGTH_MAX = 2048, /* a signature of RSA-16384 */
     SERVER_SEQ_MAX = 8,
@@ -1932,13 +1939,17 @@ enum {
 
 /* What the guard has to know of a handshake. */
 struct guard {
-    bool server;           /* our role */
-    bool asks;             /* a server's: it asks for a certificate */
-    bool keyed;            /* libssl has the keys of the peer's protected records */
-    unsigned early;        /* protected records that went through before it had them */
-    bool hello_due;        /* a client's: its ClientHello waits for a ServerHello or HelloVerifyRequest, and */
-    bool answered;         /* had one of them before */
-    bool anew;             /* a client's: this is not its first try */
+    bool server;        /* our role */
+    bool asks;          /* a server's: it asks for a certificate */
+    bool tickets;       /* a client's: it takes session tickets */
+    bool offers;        /* a client's: its ClientHello offers to resume a session */
+    bool resumed;       /* the handshake is abbreviated: besides a ticket nobody sends a plaintext message any more */
+    unsigned chain_max; /* bytes of a Certificate message */
+    bool keyed;         /* libssl has the keys of the peer's protected records */
+    unsigned early;     /* protected records that went through before it had them */
+    bool hello_due;     /* a client's: its ClientHello waits for a ServerHello or HelloVerifyRequest, and */
+    bool answered;      /* had one of them before */
+    bool anew;          /* a client's: this is not its first try */
     const uint8_t *random; /* of the last ServerHello that came, in this try or the one before */
 };
 
@@ -1946,15 +1957,18 @@ struct guard {
  * cookie exchange a client's message_seq is fixed, so that nobody makes libssl keep more than one of each for later. A
  * server whose on_ssl_ctx switched verification off asks for no certificate: none may come, and the key takes its place.
  */
-static bool guard_message(unsigned type, unsigned seq, unsigned length, bool server, bool asks)
+static bool guard_message(const struct guard *g, unsigned type, unsigned seq, unsigned length)
 {
+    bool server = g->server;
+    if (g->resumed && type != NEW_SESSION_TICKET)
+        return false;
     switch (type) {
     case CLIENT_HELLO: /* a later fragment: the first goes to the cookie exchange */
         return server && seq == 1 && length <= HELLO_LENGTH_MAX;
     case CERTIFICATE:
-        return (!server || (asks && seq == 2)) && length <= CERTIFICATES_LENGTH_MAX;
+        return (!server || (g->asks && seq == 2)) && length <= g->chain_max;
     case CLIENT_KEY_EXCHANGE:
-        return server && seq == (asks ? 3u : 2u) && length <= KEY_LENGTH_MAX;
+        return server && seq == (g->asks ? 3u : 2u) && length <= KEY_LENGTH_MAX;
     case CERTIFICATE_VERIFY:
         return server && seq == 4 && length <= KEY_LENGTH_MAX;
     case SERVER_HELLO:
@@ -1962,10 +1976,11 @@ static bool guard_message(unsigned type, unsigned seq, unsigned length, bool ser
     case SERVER_KEY_EXCHANGE:
         return !server && seq <= SERVER_SEQ_MAX && length <= HELLO_LENGTH_MAX;
     case NEW_SESSION_TICKET:
+        return !server && g->tickets && seq <= SERVER_SEQ_MAX && length <= g->chain_max;
     case CERTIFICATE_REQUEST:
     case SERVER_HELLO_DONE:
     case CERTIFICATE_STATUS:
-        return !server && seq <= SERVER_SEQ_MAX && length <= CERTIFICATES_LENGTH_MAX;
+        return !server && seq <= SERVER_SEQ_MAX && length <= CA_NAMES_LENGTH_MAX;
     default:
         return false;
     }
@@ -1978,8 +1993,8 @@ static bool guard_fragments(const struct guard *g, const struct record *r)
     size_t left = r->body_len;
     while (left >= HANDSHAKE_HEADER) {
         unsigned length = load24(p + 1), offset = load24(p + 6), fragment = load24(p + 9);
-        if (!guard_message(p[0], load16(p + 4), length, g->server, g->asks) || offset > length ||
-            fragment > length - offset || (fragment == 0 && length > 0) || fragment > left - HANDSHAKE_HEADER)
+        if (!guard_message(g, p[0], load16(p + 4), length) || offset > length || fragment > length - offset ||
+            (fragment == 0 && length > 0) || fragment > left - HANDSHAKE_HEADER)
             return false;
         p += HANDSHAKE_HEADER + fragment;
         left -= HANDSHAKE_HEADER + fragment;
@@ -1994,8 +2009,8 @@ static bool guard_leftover(const struct guard *g, const struct record *r)
 {
     if (!g->hello_due)
         return false;
-    if (!record_is_server_hello(r))
-        return !g->answered || g->anew;
+    if (!record_is_server_hello(r)) /* a full handshake's message would end one that turns out to be resumed */
+        return !g->answered || g->anew || g->offers;
     const uint8_t *random = record_server_random(r);
     if (random && g->anew && memcmp(random, g->random, HELLO_RANDOM) == 0)
         return true;
@@ -2136,6 +2151,10 @@ static int bio_write(BIO *b, const char *data, int len)
     }
     if (w->send(w->owner, data, n) == 0)
         return len;
+    if (f) { /* libssl must not keep the rest of a flight: lost, and sent again as if the network had */
+        w->counters->dropped[DTLS_DROP_SEND]++;
+        return len;
+    }
     BIO_set_retry_write(b);
     return -1;
 }
@@ -2193,8 +2212,9 @@ static BIO_METHOD *bio_method_new(void)
 /* ==== 6. connection =============================================================================================== */
 
 enum {
-    NAME_MAX_BYTES = 64, /* ub-common-name, RFC 5280 appendix A */
-    REASON_BYTES = 160,
+    NAME_MAX_BYTES = 256, /* ub-common-name, RFC 5280 appendix A: 64 characters, of at most four bytes each */
+    SHA256_BYTES = 32,
+    REASON_BYTES = 256,
     LINE_BYTES = 256, /* of a line in the log, behind the address */
     COOKIE_SECRET = 32,
     INBOX_BYTES = 32768, /* of datagrams that wait for a handshake's turn: two large flights */
@@ -2219,6 +2239,13 @@ struct phase {
     const struct rule *rules;                                         /* its deadlines, in the order of their rank */
     void (*input)(struct association *a, const uint8_t *p, size_t n); /* what to do with a datagram that arrives, */
     void (*work)(struct association *a, const uint8_t *p, size_t n);  /* and with one that waited for its turn */
+};
+
+/* What may still be done under an association's keys. */
+struct key_use {
+    bool by_bytes;    /* otherwise by records */
+    uint64_t out, in; /* protected, in each direction, and */
+    uint64_t forged;  /* refused */
 };
 
 /* A datagram that waits for its association's turn. */
@@ -2270,9 +2297,10 @@ struct association {
     bool shown;                         /* the peer sent more than its ClientHello */
     bool authentic;                     /* something was, of what came since this was cleared */
     uint8_t hello_random[HELLO_RANDOM]; /* of the peer's ClientHello or ServerHello */
-    size_t overhead;                    /* of the suite's records, once it is open */
-    bool buffers;                       /* libssl's record buffers are there, and */
-    int64_t used_at;                    /* when they were used last */
+    size_t overhead, message_max;       /* of the suite's records, and what one may carry, once it is open */
+    struct key_use keys;
+    bool buffers;    /* libssl's record buffers are there, and */
+    int64_t used_at; /* when they were used last */
 };
 
 enum conn_state { CONN_CONNECTING, CONN_OPEN, CONN_CLOSED };
@@ -2291,8 +2319,26 @@ struct dtls_conn {
     int64_t started, last_in, idle_raised;
     uint64_t messages_in, messages_out, bytes_in, bytes_out;
     dtls_reason reason;
-    char text[REASON_BYTES], peer_name[NAME_MAX_BYTES + 1];
+    char *text;                /* why it ended; NULL: it did not, or there was no memory for it */
+    struct identity *identity; /* NULL: none is known */
     void *user;
+};
+
+/* Whom a certificate names: one for all its connections. */
+struct identity {
+    struct entry entry;
+    size_t refs, open; /* connections that know it, and those of them that are open */
+    uint8_t fingerprint[SHA256_BYTES];
+    char hex[2 * SHA256_BYTES + 1]; /* the same as text */
+    char *name;
+    const char **alt_names; /* ends with NULL; the texts stand behind it */
+};
+
+/* A session that a server keeps for resumption, without the chain of certificates. */
+struct session {
+    struct entry entry;
+    struct session *newer, *older;
+    SSL_SESSION *session;
 };
 
 /* Somebody who wants to see all connections, some in each turn. */
@@ -2331,7 +2377,10 @@ struct dtls_endpoint {
     uint64_t serials;
     struct object walks;
     size_t walks_len;
-    struct table associations, sources;
+    struct table associations, sources, identities, sessions;
+    struct session *newest, *oldest;
+    size_t sessions_len;
+    char *alpn;           /* protocols, each with a zero behind it; an empty one ends them */
     struct source *crowd; /* the first source with handshakes */
     struct kind kinds[KINDS];
     struct timer kinds_timer;
@@ -2537,6 +2586,227 @@ static struct association *source_victim(const dtls_endpoint *ep, const struct s
     return fairer || had_its_time ? oldest : NULL;
 }
 
+/* Identities. */
+
+/* Text that grows; with `to` NULL it is only measured. */
+struct text {
+    char *to;
+    size_t len;
+};
+
+static void text_put(struct text *t, char c)
+{
+    if (t->to)
+        t->to[t->len] = c;
+    t->len++;
+}
+
+/* Names may hold anything. What could break a line, obey a terminal or be taken for an escape is written as one, so that
+ * different names stay different. */
+static void text_put_name(struct text *t, const char *kind, const uint8_t *p, size_t n, bool utf8)
+{
+    static const char digits[] = "0123456789abcdef";
+    while (*kind)
+        text_put(t, *kind++);
+    for (size_t i = 0; i < n; i++) {
+        bool c1 = (p[i] == 0xc2 && i + 1 < n && p[i + 1] < 0xa0) || (i > 0 && p[i - 1] == 0xc2 && p[i] < 0xa0);
+        if (p[i] < 0x20 || p[i] == 0x7f || c1 || (!utf8 && p[i] >= 0x80) || p[i] == '\\') {
+            text_put(t, '\\');
+            text_put(t, 'x');
+            text_put(t, digits[p[i] >> 4]);
+            text_put(t, digits[p[i] & 15]);
+        } else {
+            text_put(t, (char)p[i]);
+        }
+    }
+    text_put(t, 0);
+}
+
+static void text_put_alt_name(struct text *t, const GENERAL_NAME *name)
+{
+    char ip[INET6_ADDRSTRLEN] = "?";
+    int kind;
+    const ASN1_STRING *value = GENERAL_NAME_get0_value(name, &kind);
+    const uint8_t *p = ASN1_STRING_get0_data(value);
+    size_t n = (size_t)ASN1_STRING_length(value);
+    if (kind == GEN_IPADD) {
+        inet_ntop(n == 4 ? AF_INET : AF_INET6, p, ip, sizeof ip);
+        text_put_name(t, "IP:", (const uint8_t *)ip, strlen(ip), false);
+    } else {
+        text_put_name(t, kind == GEN_DNS ? "DNS:" : kind == GEN_URI ? "URI:" : "email:", p, n, false);
+    }
+}
+
+/* Other kinds of names have no common text form. */
+static bool alt_name_is_known(const GENERAL_NAME *name)
+{
+    int kind;
+    const ASN1_STRING *value = GENERAL_NAME_get0_value(name, &kind);
+    int n = kind == GEN_IPADD ? ASN1_STRING_length(value) : 0;
+    return kind == GEN_DNS || kind == GEN_URI || kind == GEN_EMAIL || n == 4 || n == 16;
+}
+
+/* The subjectAltNames; to be freed with GENERAL_NAMES_free(). False: they cannot be read, or there is no memory. */
+static bool alt_names_get(X509 *cert, GENERAL_NAMES **names)
+{
+    int critical = -1; /* stays so if there are none */
+    *names = X509_get_ext_d2i(cert, NID_subject_alt_name, &critical, NULL);
+    return *names || critical == -1;
+}
+
+/* Each with a zero behind it, and where each begins, if `at` is not NULL. Returns their number. */
+static size_t alt_names_put(struct text *t, const GENERAL_NAMES *names, const char **at)
+{
+    size_t count = 0;
+    for (int i = 0; i < sk_GENERAL_NAME_num(names); i++) {
+        const GENERAL_NAME *name = sk_GENERAL_NAME_value(names, i);
+        if (!alt_name_is_known(name))
+            continue;
+        if (at)
+            at[count] = t->to + t->len;
+        count++;
+        text_put_alt_name(t, name);
+    }
+    return count;
+}
+
+/* The commonName as UTF-8, "" if there is none; to be freed with OPENSSL_free(). A negative length: it cannot be read, or
+ * is too long; a peer must not pass for one without a name. */
+static uint8_t *common_name(X509 *cert, int *len)
+{
+    int at = X509_NAME_get_index_by_NID(X509_get_subject_name(cert), NID_commonName, -1);
+    uint8_t *utf8 = NULL;
+    *len = 0;
+    if (at >= 0)
+        *len =
+            ASN1_STRING_to_UTF8(&utf8, X509_NAME_ENTRY_get_data(X509_NAME_get_entry(X509_get_subject_name(cert), at)));
+    if (*len > NAME_MAX_BYTES)
+        *len = -1;
+    return utf8;
+}
+
+/* NULL: no memory, or a name that cannot be shown whole. */
+static struct identity *identity_new(X509 *cert, const uint8_t fingerprint[SHA256_BYTES])
+{
+    struct text text = {0};
+    GENERAL_NAMES *names;
+    int len;
+    uint8_t *name = common_name(cert, &len);
+    bool good = alt_names_get(cert, &names) && len >= 0;
+    struct identity *id = good ? calloc(1, sizeof *id) : NULL;
+    if (id) {
+        text_put_name(&text, "", name, (size_t)len, true);
+        size_t count = alt_names_put(&text, names, NULL);
+        id->alt_names = calloc(1, (count + 1) * sizeof *id->alt_names + text.len);
+        text = (struct text){.to = (char *)(id->alt_names + count + 1)};
+    }
+    if (id && id->alt_names) {
+        id->name = text.to;
+        text_put_name(&text, "", name, (size_t)len, true);
+        alt_names_put(&text, names, id->alt_names);
+        memcpy(id->fingerprint, fingerprint, SHA256_BYTES);
+        for (size_t i = 0; i < SHA256_BYTES; i++)
+            snprintf(id->hex + 2 * i, 3, "%02x", fingerprint[i]);
+    } else {
+        free(id);
+        id = NULL;
+    }
+    GENERAL_NAMES_free(names);
+    OPENSSL_free(name);
+    return id;
+}
+
+/* Of a certificate: the one that is there, or a new one. The caller has a reference. NULL: no memory, or no name. */
+static struct identity *identity_get(dtls_endpoint *ep, X509 *cert)
+{
+    uint8_t fingerprint[EVP_MAX_MD_SIZE];
+    unsigned len;
+    struct identity *id = NULL;
+    if (X509_digest(cert, EVP_sha256(), fingerprint, &len) != 1)
+        return NULL;
+    uint64_t hash = table_hash(&ep->identities, fingerprint, SHA256_BYTES);
+    for (struct entry *e = table_first(&ep->identities, hash); e && !id; e = table_next(e)) {
+        id = OWNER_OF(struct identity, entry, e);
+        if (memcmp(id->fingerprint, fingerprint, SHA256_BYTES) != 0)
+            id = NULL;
+    }
+    if (!id && (id = identity_new(cert, fingerprint)) != NULL)
+        table_add(&ep->identities, &id->entry, hash);
+    if (id)
+        id->refs++;
+    return id;
+}
+
+static void identity_release(dtls_endpoint *ep, struct identity *id)
+{
+    if (!id || --id->refs > 0)
+        return;
+    table_remove(&ep->identities, &id->entry);
+    free(id->alt_names);
+    free(id);
+}
+
+/* Sessions that a server keeps. Not in libssl's own cache: that keeps the peer's whole chain with each, which may be fifty
+ * times as much, and forgets a session whenever a handshake that resumes it fails, which anybody can bring about. */
+
+static uint64_t session_hash(const dtls_endpoint *ep, const uint8_t *id, unsigned len)
+{
+    return table_hash(&ep->sessions, id, len);
+}
+
+static struct session *session_find(const dtls_endpoint *ep, const uint8_t *id, unsigned len)
+{
+    struct entry *e = table_first(&ep->sessions, session_hash(ep, id, len));
+    for (; e; e = table_next(e)) {
+        struct session *s = OWNER_OF(struct session, entry, e);
+        unsigned its_len;
+        const uint8_t *its_id = SSL_SESSION_get_id(s->session, &its_len);
+        if (its_len == len && memcmp(its_id, id, len) == 0)
+            return s;
+    }
+    return NULL;
+}
+
+static void session_drop(dtls_endpoint *ep, struct session *s)
+{
+    *(s->newer ? &s->newer->older : &ep->newest) = s->older;
+    *(s->older ? &s->older->newer : &ep->oldest) = s->newer;
+    ep->sessions_len--;
+    table_remove(&ep->sessions, &s->entry);
+    SSL_SESSION_free(s->session);
+    free(s);
+}
+
+/* Takes the session over; what is too many goes, the oldest first. */
+static void session_keep(dtls_endpoint *ep, SSL_SESSION *session)
+{
+    unsigned len;
+    const uint8_t *id = SSL_SESSION_get_id(session, &len);
+    struct session *s = calloc(1, sizeof *s);
+    if (!s) {
+        SSL_SESSION_free(session);
+        return;
+    }
+    s->session = session;
+    s->older = ep->newest;
+    *(s->older ? &s->older->newer : &ep->oldest) = s;
+    ep->newest = s;
+    table_add(&ep->sessions, &s->entry, session_hash(ep, id, len));
+    ep->sessions_len++;
+    while (ep->sessions_len > (size_t)ep->cfg.session_cache)
+        session_drop(ep, ep->oldest);
+}
+
+static void session_forget(dtls_endpoint *ep, const SSL *ssl)
+{
+    SSL_SESSION *session = SSL_get_session(ssl);
+    unsigned len = 0;
+    const uint8_t *id = session ? SSL_SESSION_get_id(session, &len) : NULL;
+    struct session *s = id ? session_find(ep, id, len) : NULL;
+    if (s)
+        session_drop(ep, s);
+}
+
 /* Associations. */
 
 static struct association *assoc_of(SSL *ssl)
@@ -2554,8 +2824,13 @@ static int assoc_send(void *owner, const void *data, size_t len)
     if (a->udp) {
         r = udp_send(ep->loop, a->udp, data, len, &a->local, &a->peer);
     } else {
-        ep->sending = true; /* input from inside would enter libssl a second time */
+        ep->sending = true; /* input from inside would enter libssl a second time, */
+        int marked = ERR_set_mark();
         r = ep->cfg.send(ep->cfg.user, data, len, &a->local, &a->peer);
+        if (marked) /* and it would take errors that are left in the queue for its own */
+            ERR_pop_to_mark();
+        else
+            errors_clear();
         ep->sending = false;
     }
     ep->counters.datagrams_out += r == 0;
@@ -2715,13 +2990,16 @@ static bool assoc_need_buffers(struct association *a)
 static void assoc_end(struct association *a, dtls_reason reason)
 {
     bool tell = reason == DTLS_CLOSE_LOCAL || reason == DTLS_CLOSE_PEER || reason == DTLS_CLOSE_IDLE ||
-                reason == DTLS_CLOSE_VERIFY;
+                reason == DTLS_CLOSE_VERIFY || reason == DTLS_CLOSE_KEYS;
     if (tell && SSL_is_init_finished(a->ssl) && assoc_need_buffers(a)) {
         errors_clear();
         SSL_shutdown(a->ssl); /* close_notify, sent once; nothing waits for an answer */
     } else if (reason != DTLS_CLOSE_ERROR && reason != DTLS_CLOSE_VERIFY) {
-        SSL_set_shutdown(a->ssl, SSL_SENT_SHUTDOWN | SSL_RECEIVED_SHUTDOWN); /* the session stays good for resumption */
+        SSL_set_shutdown(a->ssl, SSL_SENT_SHUTDOWN | SSL_RECEIVED_SHUTDOWN); /* a client's session stays good */
     }
+    /* RFC 5246 section 7.2.2; but before both sides proved who they are, nobody takes a session away. */
+    if (reason == DTLS_CLOSE_ERROR && !a->handshake)
+        session_forget(a->ep, a->ssl);
     errors_clear();
     a->phase = NULL;
     timer_stop(a->ep->loop, &a->timer);
@@ -2735,11 +3013,35 @@ static void assoc_end(struct association *a, dtls_reason reason)
     loop_bury(a->ep->loop, &a->object);
 }
 
+/* Which name was wanted, and which the certificate has. */
+static void assoc_mismatch(const struct association *a, X509 *cert, int result, char words[REASON_BYTES])
+{
+    char ip[INET6_ADDRSTRLEN] = "?";
+    const char *wanted = a->conn->name;
+    struct text t = {0};
+    GENERAL_NAMES *names = NULL;
+    size_t count = cert && alt_names_get(cert, &names) ? alt_names_put(&t, names, NULL) : 0;
+    t = (struct text){.to = malloc(t.len + 1)};
+    if (!wanted)
+        wanted = inet_ntop(a->peer.family == 4 ? AF_INET : AF_INET6, a->peer.ip, ip, sizeof ip);
+    if (count > 0 && t.to) {
+        alt_names_put(&t, names, NULL);
+        for (size_t i = 0; i + 1 < t.len; i++)
+            t.to[i] = t.to[i] ? t.to[i] : ' ';
+    }
+    GENERAL_NAMES_free(names);
+    snprintf(words, REASON_BYTES, "%s: %s was wanted, the certificate has %s", X509_verify_cert_error_string(result),
+             wanted, count > 0 && t.to ? t.to : "no subjectAltName");
+    free(t.to);
+}
+
 /* Why libssl gave up, in words. *code is OpenSSL's reason. */
 static dtls_reason assoc_failure(const struct association *a, int *code, char text[REASON_BYTES])
 {
     unsigned long e = ERR_peek_last_error();
     const char *words = ERR_reason_error_string(e), *format = "protocol error: %s";
+    char mismatch[REASON_BYTES];
+    int result = (int)SSL_get_verify_result(a->ssl);
     dtls_reason why = DTLS_CLOSE_ERROR;
     *code = ERR_GET_REASON(e);
     if (ERR_GET_LIB(e) != ERR_LIB_SSL || !words) {
@@ -2748,7 +3050,11 @@ static dtls_reason assoc_failure(const struct association *a, int *code, char te
     } else if (*code == SSL_R_CERTIFICATE_VERIFY_FAILED) {
         why = DTLS_CLOSE_VERIFY;
         format = "certificate refused: %s";
-        words = X509_verify_cert_error_string(SSL_get_verify_result(a->ssl));
+        words = X509_verify_cert_error_string(result);
+        if (result == X509_V_ERR_HOSTNAME_MISMATCH || result == X509_V_ERR_IP_ADDRESS_MISMATCH) {
+            assoc_mismatch(a, sk_X509_value(SSL_get0_verified_chain(a->ssl), 0), result, mismatch);
+            words = mismatch;
+        }
     } else if (*code == SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE) {
         why = DTLS_CLOSE_VERIFY;
         format = "certificate refused: %s";
@@ -2766,7 +3072,9 @@ static void conn_destroy(struct object *o)
 {
     dtls_conn *c = (dtls_conn *)o;
     SSL_SESSION_free(c->session);
+    identity_release(c->ep, c->identity);
     free(c->name);
+    free(c->text);
     free(c);
 }
 
@@ -2932,9 +3240,11 @@ static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, ...)
         return;
     c->state = CONN_CLOSED;
     c->reason = reason;
+    char text[REASON_BYTES];
     va_start(args, format);
-    vsnprintf(c->text, sizeof c->text, format, args);
+    vsnprintf(text, sizeof text, format, args);
     va_end(args);
+    c->text = text_copy(text);
     /* Before any callback: one that frees the endpoint buries it, and it must go after its connections. */
     if (c->open)
         assoc_end(c->open, reason);
@@ -2942,17 +3252,19 @@ static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, ...)
         assoc_end(c->trying, reason);
     conn_unlist(c, was_open);
     loop_bury(c->ep->loop, &c->object);
+    if (was_open && c->identity)
+        c->identity->open--;
     if (was_open) {
-        conn_log(c, DTLS_LOG_INFO, "closed: %s", c->text);
+        conn_log(c, DTLS_LOG_INFO, "closed: %s", text);
     } else {
         c->ep->counters.handshakes_failed++;
-        conn_log(c, reason == DTLS_CLOSE_LOCAL ? DTLS_LOG_DEBUG : DTLS_LOG_WARNING, "handshake failed: %s", c->text);
+        conn_log(c, reason == DTLS_CLOSE_LOCAL ? DTLS_LOG_DEBUG : DTLS_LOG_WARNING, "handshake failed: %s", text);
     }
     if (was_open || !c->server) /* the application never heard of a handshake that a stranger failed */
         conn_raise(c, DTLS_EV_CLOSED, NULL, 0);
 }
 
-/* Identities. The server's is checked against the subjectAltName only: RFC 6125 section 6.4.4 retires the common name.
+/* Identities. The server's is checked against the subjectAltName only: RFC 9525 section 2 retires the common name.
  * libssl does that in a full handshake; a resumed one verifies nothing, so there it is up to us. */
 
 enum { NAME_FLAGS = X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS | X509_CHECK_FLAG_NEVER_CHECK_SUBJECT };
@@ -2989,14 +3301,20 @@ static bool name_is_expected(const struct association *a, X509 *cert)
     return X509_check_host(cert, a->conn->name, 0, NAME_FLAGS, NULL) == 1;
 }
 
-/* The name as it stands in certificates: without the dot that may end a DNS name. NULL: *r tells why. */
+/* The name as it stands in certificates: without the dot that may end a DNS name. NULL: *r tells why. A name of the DNS
+ * has letters, digits, '-' and (where people do so) '_'; anything else must not get into a ClientHello, RFC 6066 section 3.
+ */
 static char *name_copy(const char *name, int *r)
 {
+    uint8_t ip[16];
     size_t n = strlen(name);
     *r = DTLS_ERR_ARG;
     if (n > 1 && name[n - 1] == '.')
         n--;
     if (n == 0 || name[0] == '.' || n > 253)
+        return NULL;
+    if (inet_pton(AF_INET6, name, ip) != 1 &&
+        strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.") < n)
         return NULL;
     char *copy = malloc(n + 1);
     *r = copy ? 0 : DTLS_ERR_MEMORY;
@@ -3013,29 +3331,12 @@ static bool time_is_past(const ASN1_TIME *t)
     return ASN1_TIME_cmp_time_t(t, time(NULL)) <= 0;
 }
 
-/* The peer's name, for logs. False: there is one, but it cannot be read; a peer must not pass for one without. */
-static bool name_read(dtls_conn *c, X509 *cert)
-{
-    /* No variable for the name: OpenSSL 4.0 gives a const one only, 1.1.1 does not take that here. */
-    int at = X509_NAME_get_index_by_NID(X509_get_subject_name(cert), NID_commonName, -1);
-    const X509_NAME_ENTRY *entry = at < 0 ? NULL : X509_NAME_get_entry(X509_get_subject_name(cert), at);
-    unsigned char *utf8 = NULL;
-    int n = entry ? ASN1_STRING_to_UTF8(&utf8, X509_NAME_ENTRY_get_data(entry)) : -1;
-    int end = n < NAME_MAX_BYTES ? n : NAME_MAX_BYTES;
-    while (end > 0 && end < n && (utf8[end] & 0xc0) == 0x80) /* not in the middle of a character */
-        end--;
-    for (int i = 0; i < end; i++) { /* a name may hold anything: keep logs one line each */
-        bool c1 = i > 0 && utf8[i - 1] == 0xc2 && utf8[i] < 0xa0; /* U+0080 to U+009F: terminals obey some */
-        bool control = utf8[i] < 0x20 || utf8[i] == 0x7f || c1 || (utf8[i] == 0xc2 && utf8[i + 1] < 0xa0);
-        c->peer_name[i] = (char)(control ? '?' : utf8[i]);
-    }
-    OPENSSL_free(utf8);
-    return at < 0 || n >= 0;
-}
-
 /* ==== 7. traffic ================================================================================================== */
 
-enum { QUIET_MS = 1000 /* without traffic: libssl's record buffers, 33 KB, go back */ };
+enum {
+    QUIET_MS = 1000,     /* without traffic: libssl's record buffers, 33 KB, go back */
+    KEY_RECORD_COST = 32 /* bytes that a record takes of its keys besides its text */
+};
 
 /* The deadlines of an open connection:
  *
@@ -3089,6 +3390,18 @@ static void traffic_idle(struct association *a, int64_t now)
 static const struct rule traffic_rules[] = {
     {traffic_gone_at, traffic_gone}, {traffic_quiet_at, traffic_quiet}, {traffic_idle_at, traffic_idle}, {NULL, NULL}};
 
+/* RFC 9325 section 4.4: keys protect only so much. False: less is left than this message needs, and the connection ends. */
+static bool traffic_spend(struct association *a, uint64_t *left, size_t bytes)
+{
+    uint64_t cost = a->keys.by_bytes ? bytes + KEY_RECORD_COST : 1;
+    if (*left < cost) {
+        conn_end(a->conn, DTLS_CLOSE_KEYS, "the keys have protected as much as they safely can");
+        return false;
+    }
+    *left -= cost;
+    return true;
+}
+
 static void traffic_failed(struct association *a)
 {
     char text[REASON_BYTES];
@@ -3129,6 +3442,8 @@ static void traffic_read(struct association *a, bool only)
         c->last_in = c->ep->loop->now;
         c->messages_in += n > 0;
         c->bytes_in += n;
+        if (!traffic_spend(a, &a->keys.in, n))
+            return;
         if (n > 0) /* an empty record is legal, says that the peer is alive, and nothing else */
             conn_raise(c, DTLS_EV_MESSAGE, message, n);
         if (only && !a->wire.in && c->state == CONN_OPEN && !SSL_has_pending(a->ssl))
@@ -3145,8 +3460,13 @@ static void traffic_take(struct association *a, const uint8_t *p, size_t n)
     a->wire.in = p;
     a->wire.in_len = n;
     a->wire.in_renumber = false;
+    bool before = a->authentic;
+    a->authentic = false;
     traffic_read(a, true);
     a->wire.in = NULL;
+    if (!a->authentic && a->conn->state == CONN_OPEN && --a->keys.forged == 0)
+        conn_end(a->conn, DTLS_CLOSE_KEYS, "the keys have refused as many forgeries as they safely can");
+    a->authentic = a->authentic || before;
 }
 
 /* One datagram through the guard: runs of good records go to libssl together, most often the datagram as it is, but no
@@ -3185,6 +3505,8 @@ static int traffic_write(struct association *a, const void *data, size_t len)
         conn_end(c, DTLS_CLOSE_ERROR, "out of memory");
         return DTLS_ERR_TLS;
     }
+    if (!traffic_spend(a, &a->keys.out, len))
+        return DTLS_ERR_TLS;
     errors_clear();
     int n = SSL_write(a->ssl, data, (int)len);
     int e = n > 0 ? SSL_ERROR_NONE : SSL_get_error(a->ssl, n);
@@ -3203,7 +3525,8 @@ int dtls_conn_send(dtls_conn *c, const void *data, size_t len)
 {
     if (c->state != CONN_OPEN || c->ep->sending)
         return DTLS_ERR_STATE;
-    if (!data || len == 0 || len > DTLS_MESSAGE_MAX) /* libssl sends no empty record, and ends up confused asked to */
+    if (!data || len == 0 ||
+        len > c->open->message_max) /* libssl sends no empty record, and ends up confused asked to */
         return DTLS_ERR_SIZE;
     loop_enter(c->ep->loop);
     int r = traffic_write(c->open, data, len);
@@ -3224,16 +3547,34 @@ void dtls_conn_close(dtls_conn *c)
 size_t dtls_conn_payload_max(const dtls_conn *c)
 {
     size_t n = c->state == CONN_OPEN ? DTLS_get_data_mtu(c->open->ssl) : 0;
-    return n < DTLS_MESSAGE_MAX ? n : DTLS_MESSAGE_MAX;
+    size_t max = c->state == CONN_OPEN ? c->open->message_max : 0;
+    return n < max ? n : max;
+}
+
+/* The protocol that was agreed upon, as it stands in the configuration. */
+static const char *traffic_alpn(const struct association *a)
+{
+    const unsigned char *chosen = NULL;
+    unsigned len = 0;
+    const char *name = a->ep->alpn ? a->ep->alpn : "";
+    SSL_get0_alpn_selected(a->ssl, &chosen, &len);
+    while (*name && !(strlen(name) == len && memcmp(name, chosen, len) == 0))
+        name += strlen(name) + 1;
+    return name;
 }
 
 void dtls_conn_info(const dtls_conn *c, dtls_info *info)
 {
+    static const char *const no_names[] = {NULL};
     int64_t now = loop_now(c->ep->loop);
     const struct association *a = conn_assoc(c);
     *info = (dtls_info){.peer = a->peer,
                         .local = a->local,
-                        .peer_name = c->peer_name,
+                        .peer_name = c->identity ? c->identity->name : "",
+                        .peer_alt_names = c->identity ? c->identity->alt_names : no_names,
+                        .peer_fingerprint = c->identity ? c->identity->hex : "",
+                        .version = c->open ? SSL_get_version(c->open->ssl) : "",
+                        .alpn = c->open ? traffic_alpn(c->open) : "",
                         .cipher = SSL_get_current_cipher(a->ssl) ? SSL_get_cipher_name(a->ssl) : "",
                         .server = c->server,
                         .connected = c->state == CONN_OPEN,
@@ -3253,7 +3594,7 @@ dtls_reason dtls_conn_reason(const dtls_conn *c)
 
 const char *dtls_conn_reason_text(const dtls_conn *c)
 {
-    return c->text;
+    return c->text ? c->text : c->state == CONN_CLOSED ? "closed, and no memory to say why" : "";
 }
 
 dtls_endpoint *dtls_conn_endpoint(const dtls_conn *c)
@@ -3341,6 +3682,7 @@ struct claim {
 struct handshake {
     enum hs_state state;
     int64_t since;             /* it is in this state, */
+    int64_t anew_at;           /* where it failed */
     OSSL_HANDSHAKE_STATE step; /* libssl in this one, */
     int64_t step_at;           /* since then */
     int64_t deadline;
@@ -3415,12 +3757,40 @@ static void hs_follow(struct association *a)
         hs_become(a, HS_FLIGHTS);
 }
 
+/* Whether it makes sense to offer the session: with what libssl would not take, and what we would refuse when it is
+ * resumed, a full handshake is quicker. */
+static bool hs_may_offer(const struct association *a, const SSL *ssl, SSL_SESSION *session)
+{
+    const STACK_OF(SSL_CIPHER) *suites = SSL_get_ciphers(ssl);
+    const SSL_CIPHER *suite = SSL_SESSION_get0_cipher(session);
+    X509 *cert = SSL_SESSION_get0_peer(session);
+    bool known = false;
+    for (int i = 0; i < sk_SSL_CIPHER_num(suites); i++)
+        known = known || sk_SSL_CIPHER_value(suites, i) == suite;
+    return known && SSL_SESSION_is_resumable(session) && SSL_SESSION_get_protocol_version(session) == DTLS1_2_VERSION &&
+           cert && !time_is_past(X509_get0_notAfter(cert)) && name_is_expected(a, cert);
+}
+
+/* libssl ties a session to the context of its making; ours is random, and another process has another. For a client that
+ * protects nothing: who saved the session says that it may be used. */
+static bool hs_offer(SSL *ssl, SSL_SESSION *session)
+{
+    unsigned len;
+    const uint8_t *context = SSL_SESSION_get0_id_context(session, &len);
+    return SSL_set_session_id_context(ssl, context, len) == 1 && SSL_set_session(ssl, session) == 1;
+}
+
 /* The SSL of a client's first try, or one more. */
 static bool hs_be_client(const struct association *a, SSL *ssl)
 {
+    dtls_conn *c = a->conn;
     DTLS_set_timer_cb(ssl, hs_retransmit_us);
     SSL_set_connect_state(ssl);
-    return name_expect(a, ssl) && (!a->conn->session || SSL_set_session(ssl, a->conn->session) == 1);
+    if (c->session && !hs_may_offer(a, ssl, c->session)) {
+        SSL_SESSION_free(c->session);
+        c->session = NULL;
+    }
+    return name_expect(a, ssl) && (!c->session || hs_offer(ssl, c->session));
 }
 
 /* A client tries once more, and remembers why. If nobody answers then, that is what there is to tell. */
@@ -3441,20 +3811,56 @@ static void hs_give_up(struct association *a, dtls_reason reason, const char *te
 
 /* Opening: the handshake is over. */
 
-/* What is wrong with the peer's certificate, if libssl did not look; NULL: nothing. A resumed handshake verifies nothing
- * again, neither dates nor names. */
-static const char *hs_refusal(const struct association *a, X509 *cert)
+/* What is wrong with the peer of a resumed handshake, which verifies nothing again, neither dates nor names. */
+static bool hs_refuses_session(struct association *a, X509 *cert, char text[REASON_BYTES])
 {
-    const dtls_conn *c = a->conn;
-    int bad = X509_V_OK;
-    if (cert && c->resumed && time_is_past(X509_get0_notAfter(cert)))
-        bad = X509_V_ERR_CERT_HAS_EXPIRED;
-    else if (cert && c->resumed && !c->server && !name_is_expected(a, cert))
-        bad = X509_V_ERR_HOSTNAME_MISMATCH;
-    if (bad == X509_V_OK)
-        return NULL;
-    SSL_CTX_remove_session(a->ep->ctx, SSL_get0_session(a->ssl));
-    return X509_verify_cert_error_string(bad);
+    char words[REASON_BYTES] = "";
+    if (SSL_get_verify_mode(a->ssl) != SSL_VERIFY_NONE && SSL_get_verify_result(a->ssl) != X509_V_OK)
+        snprintf(words, sizeof words, "%s", X509_verify_cert_error_string(SSL_get_verify_result(a->ssl)));
+    else if (cert && time_is_past(X509_get0_notAfter(cert)))
+        snprintf(words, sizeof words, "%s", X509_verify_cert_error_string(X509_V_ERR_CERT_HAS_EXPIRED));
+    else if (cert && !a->conn->server && !name_is_expected(a, cert))
+        assoc_mismatch(a, cert, X509_V_ERR_HOSTNAME_MISMATCH, words);
+    if (words[0]) {
+        session_forget(a->ep, a->ssl);
+        snprintf(text, REASON_BYTES, "certificate refused: %.200s", words);
+    }
+    return words[0] != 0;
+}
+
+/* What is wrong with the peer, though libssl is content. */
+static bool hs_refuses(struct association *a, char text[REASON_BYTES])
+{
+    dtls_conn *c = a->conn;
+    X509 *cert = SSL_get1_peer_certificate(a->ssl);
+    c->resumed = SSL_session_reused(a->ssl) == 1;
+    bool bad = c->resumed && hs_refuses_session(a, cert, text);
+    if (!bad && !a->ep->cfg.allow_no_ems && SSL_get_extms_support(a->ssl) != 1) {
+        snprintf(text, REASON_BYTES, "refused: no extended master secret (RFC 7627)");
+        bad = true;
+    }
+    if (!bad && cert && !(c->identity = identity_get(a->ep, cert))) {
+        snprintf(text, REASON_BYTES, "certificate refused: its name cannot be read");
+        bad = true;
+    }
+    X509_free(cert);
+    errors_clear();
+    return bad;
+}
+
+/* Whether its address or its certificate has as many connections as it may; one that this replaces has ended. */
+static bool hs_is_too_many(const struct association *a, char text[REASON_BYTES])
+{
+    const dtls_config *cfg = &a->ep->cfg;
+    const struct identity *id = a->conn->identity;
+    if (a->source && at_limit(a->source->open, cfg->max_conns_per_address))
+        snprintf(text, REASON_BYTES, "refused: max_conns_per_address (%d) is reached", cfg->max_conns_per_address);
+    else if (a->source && id && at_limit(id->open, cfg->max_conns_per_identity))
+        snprintf(text, REASON_BYTES, "refused: max_conns_per_identity (%d) is reached by %.100s",
+                 cfg->max_conns_per_identity, id->name);
+    else
+        return false;
+    return true;
 }
 
 /* Nonce and tag of the suite's records, RFC 5288, 6655, 7905. */
@@ -3463,6 +3869,34 @@ static size_t hs_record_overhead(const SSL_CIPHER *cipher)
     bool short_one = SSL_CIPHER_get_cipher_nid(cipher) == NID_chacha20_poly1305 ||
                      strstr(SSL_CIPHER_get_name(cipher), "CCM8") != NULL;
     return short_one ? OVERHEAD_MIN : OVERHEAD_MAX;
+}
+
+/* The largest message: the peer may take less than a record holds (max_fragment_length, RFC 6066 section 4), and so may
+ * on_ssl_ctx. libssl does not tell its max_send_fragment, but refuses any split_send_fragment above it. */
+static size_t hs_message_max(SSL *ssl)
+{
+    unsigned code = SSL_SESSION_get_max_fragment_length(SSL_get0_session(ssl));
+    size_t max = DTLS_MESSAGE_MAX, above = max;
+    if (SSL_set_split_send_fragment(ssl, (long)max) != 1)
+        max = 512; /* the smallest that libssl lets anybody set */
+    while (above - max > 1) {
+        size_t middle = (max + above) / 2;
+        bool fits = SSL_set_split_send_fragment(ssl, (long)middle) == 1;
+        *(fits ? &max : &above) = middle;
+    }
+    return code >= 1 && code <= 4 && max > (size_t)256 << code ? (size_t)256 << code : max;
+}
+
+/* What keys are good for, RFC 9325 section 4.4 and what it refers to: AES-GCM for so many blocks of text, AES-CCM for so
+ * many records; and as many forgeries as RFC 9147 section 4.5.3 allows. The record number ends what ChaCha20-Poly1305 may. */
+static struct key_use hs_key_use(const SSL_CIPHER *cipher)
+{
+    int nid = SSL_CIPHER_get_cipher_nid(cipher);
+    if (nid == NID_aes_128_gcm || nid == NID_aes_256_gcm)
+        return (struct key_use){.by_bytes = true, .out = 1ull << 38, .in = 1ull << 38, .forged = 1ull << 36};
+    if (nid == NID_chacha20_poly1305)
+        return (struct key_use){.out = 1ull << 47, .in = 1ull << 47, .forged = 1ull << 36};
+    return (struct key_use){.out = 1ull << 23, .in = 1ull << 23, .forged = 1ull << 23};
 }
 
 /* A new association from the same addresses takes this one's place. One whose client refused it says so. */
@@ -3484,6 +3918,10 @@ static void hs_take_over(struct association *a)
     a->phase = &traffic_phase;
     source_opened(a);
     a->overhead = hs_record_overhead(SSL_get_current_cipher(a->ssl));
+    a->message_max = hs_message_max(a->ssl);
+    a->keys = hs_key_use(SSL_get_current_cipher(a->ssl));
+    if (c->identity)
+        c->identity->open++;
     a->wire.mtu_settled = true;
     SSL_SESSION_free(c->session);
     c->session = NULL;
@@ -3500,27 +3938,17 @@ static void hs_take_over(struct association *a)
 static void hs_open(struct association *a)
 {
     dtls_conn *c = a->conn;
-    X509 *cert = SSL_get1_peer_certificate(a->ssl);
-    c->resumed = SSL_session_reused(a->ssl) == 1;
-    const char *refusal = hs_refusal(a, cert);
-    if (!refusal && cert && !name_read(c, cert))
-        refusal = "its name cannot be read";
-    X509_free(cert);
-    errors_clear();
-    if (refusal) {
-        conn_end(c, DTLS_CLOSE_VERIFY, "certificate refused: %s", refusal);
-        return;
-    }
+    char text[REASON_BYTES];
+    bool refused = hs_refuses(a, text);
     /* The callbacks in here may end it; until it is open the application does not know it. */
-    struct association *old = c->server ? assoc_next_same(a) : NULL;
+    struct association *old = c->server && !refused ? assoc_next_same(a) : NULL;
     if (old) /* RFC 6347 section 4.2.8 */
         hs_give_way(old);
-    if (c->state == CONN_CONNECTING && a->source && at_limit(a->source->open, a->ep->cfg.max_conns_per_address))
-        conn_end(c, DTLS_CLOSE_VERIFY, "refused: max_conns_per_address (%d) is reached",
-                 a->ep->cfg.max_conns_per_address);
+    if (refused || (c->state == CONN_CONNECTING && hs_is_too_many(a, text)))
+        conn_end(c, DTLS_CLOSE_VERIFY, "%s", text);
     if (c->state == CONN_CONNECTING)
-        conn_log(c, DTLS_LOG_INFO, "connected: %s, %s, %s", c->peer_name, SSL_get_cipher_name(a->ssl),
-                 c->resumed ? "resumed session" : "full handshake");
+        conn_log(c, DTLS_LOG_INFO, "connected: %s, %s, %s", c->identity ? c->identity->name : "",
+                 SSL_get_cipher_name(a->ssl), c->resumed ? "resumed session" : "full handshake");
     if (c->state != CONN_CONNECTING)
         return;
     hs_take_over(a);
@@ -3547,17 +3975,28 @@ static bool hs_may_begin_anew(struct association *a, int code)
 }
 
 /* libssl gave up. */
-static void hs_failed(struct association *a)
+static void hs_failed(struct association *a, int error)
 {
     char text[REASON_BYTES];
     int code;
+    dtls_conn *c = a->conn;
     dtls_reason why = assoc_failure(a, &code, text);
-    if (!hs_may_begin_anew(a, code)) {
-        conn_end(a->conn, why, "%s", text);
+    bool offered = !c->server && c->session; /* that may be why, so it is left out */
+    if (error != SSL_ERROR_SSL && error != SSL_ERROR_SYSCALL) {
+        conn_end(c, DTLS_CLOSE_ERROR, "a hook of on_ssl_ctx asks to be called again, which is not possible here");
+        return;
+    }
+    if (!offered && !hs_may_begin_anew(a, code)) {
+        conn_end(c, why, "%s", text);
         return;
     }
     hs_note_fault(a->handshake, why, text);
     hs_become(a, HS_FAILED);
+    a->handshake->anew_at = a->handshake->since + (offered ? 0 : us(a->ep->cfg.retransmit_ms));
+    if (offered) {
+        SSL_SESSION_free(c->session);
+        c->session = NULL;
+    }
     assoc_arm(a);
 }
 
@@ -3565,7 +4004,7 @@ static void hs_drive(struct association *a)
 {
     int e = hs_advance(a);
     if (e != SSL_ERROR_NONE && e != SSL_ERROR_WANT_READ && e != SSL_ERROR_WANT_WRITE) {
-        hs_failed(a);
+        hs_failed(a, e);
         return;
     }
     hs_follow(a);
@@ -3608,7 +4047,8 @@ static void hs_begin_anew(struct association *a, int64_t now)
  *
  *   over         handshake_timeout_ms after its first datagram the connection ends
  *   begin        a server's begins as soon as it is its turn
- *   anew         a client that failed begins anew after retransmit_ms: what else of that try is under way comes first
+ *   anew         a client that failed begins anew after retransmit_ms, since what else of that try is under way comes
+ *                first; at once, and without it, where it had offered a session
  *   believed     a claim that the peer refuses us is acted upon after a time in which nothing plausible came
  *   stalled      a client that made no progress for STALL_MS begins anew, later after each try
  *   retransmit   libssl's own timer (DTLSv1_get_timeout): the present flight is sent again
@@ -3641,7 +4081,7 @@ static void hs_begin(struct association *a, int64_t now)
 static int64_t hs_anew_at(const struct association *a)
 {
     const struct handshake *h = a->handshake;
-    return h->state == HS_FAILED ? h->since + us(a->ep->cfg.retransmit_ms) : INT64_MAX;
+    return h->state == HS_FAILED ? h->anew_at : INT64_MAX;
 }
 
 /* An alert may be about a message of ours that came damaged or was forged; ICMP is not. */
@@ -3787,6 +4227,10 @@ static struct guard hs_guard(const struct association *a)
     OSSL_HANDSHAKE_STATE step = SSL_get_state(a->ssl);
     return (struct guard){.server = a->conn->server,
                           .asks = SSL_get_verify_mode(a->ssl) != SSL_VERIFY_NONE,
+                          .tickets = !(SSL_get_options(a->ssl) & SSL_OP_NO_TICKET),
+                          .offers = a->conn->session != NULL,
+                          .resumed = SSL_session_reused(a->ssl) == 1,
+                          .chain_max = (unsigned)a->ep->cfg.max_chain_bytes,
                           .keyed = step == TLS_ST_SR_CHANGE || step == TLS_ST_CR_CHANGE,
                           .early = h->early,
                           .hello_due = !a->conn->server && step == TLS_ST_CW_CLNT_HELLO,
@@ -3891,6 +4335,8 @@ static void hs_accept(struct association *a, const struct record *hello)
 
 /* ==== 9. context ================================================================================================== */
 
+enum { ALPN_BYTES = 1024 };
+
 static void config_default(int *field, int value)
 {
     if (*field == 0)
@@ -3912,10 +4358,13 @@ static int config_check(dtls_config *cfg, dtls_error *err)
     config_default(&cfg->send_queue_bytes, 1048576);
     config_default(&cfg->socket_buffer_bytes, 1048576);
     config_default(&cfg->session_cache, 4096);
+    config_default(&cfg->max_chain_bytes, 8192);
     config_default(&cfg->max_conns_per_address, cfg->max_conns / 2 + 1);
     config_default(&cfg->max_conns_per_identity, cfg->max_conns / 2 + 1);
     if (cfg->mtu_bytes < 256 || cfg->mtu_bytes > 65535)
         return fail(err, DTLS_ERR_ARG, "the MTU must be 256 to 65535 bytes");
+    if (cfg->max_chain_bytes < 512 || cfg->max_chain_bytes > 65536)
+        return fail(err, DTLS_ERR_ARG, "max_chain_bytes must be 512 to 65,536");
     if (cfg->retransmit_max_ms > 600000) /* libssl counts in 32-bit microseconds */
         return fail(err, DTLS_ERR_ARG, "retransmit_max_ms must not be above 600,000");
     if (cfg->retransmit_ms < 1 || cfg->retransmit_ms > cfg->retransmit_max_ms || cfg->handshake_timeout_ms < 1 ||
@@ -4011,16 +4460,32 @@ static int ctx_load(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
     return 0;
 }
 
+/* Suites that this file is not made for: with CBC anybody's record ends a connection (openssl/openssl#24972); the others
+ * have no forward secrecy, or prove nobody's identity. */
+static int ctx_check_suites(SSL_CTX *ctx, dtls_error *err)
+{
+    STACK_OF(SSL_CIPHER) *ciphers = SSL_CTX_get_ciphers(ctx);
+    for (int i = 0; i < sk_SSL_CIPHER_num(ciphers); i++) {
+        const SSL_CIPHER *cipher = sk_SSL_CIPHER_value(ciphers, i);
+        int kx = SSL_CIPHER_get_kx_nid(cipher), auth = SSL_CIPHER_get_auth_nid(cipher);
+        bool of_tls13 = kx == NID_kx_any;
+        if (!SSL_CIPHER_is_aead(cipher))
+            return fail(err, DTLS_ERR_ARG, "%s: only AEAD suites are safe with DTLS", SSL_CIPHER_get_name(cipher));
+        if (!of_tls13 && ((kx != NID_kx_ecdhe && kx != NID_kx_dhe) || (auth != NID_auth_rsa && auth != NID_auth_ecdsa)))
+            return fail(err, DTLS_ERR_ARG, "%s: only suites with ECDHE or DHE and certificates",
+                        SSL_CIPHER_get_name(cipher));
+    }
+    return 0;
+}
+
 /* After on_ssl_ctx, which may have changed anything: what the guard relies on must still hold. */
 static int ctx_check(SSL_CTX *ctx, dtls_error *err)
 {
     SSL_CTX_clear_options(ctx, SSL_OP_NO_QUERY_MTU); /* with it libssl would not ask the BIO, and send nothing */
-    STACK_OF(SSL_CIPHER) *ciphers = SSL_CTX_get_ciphers(ctx);
-    for (int i = 0; i < sk_SSL_CIPHER_num(ciphers); i++) {
-        const SSL_CIPHER *cipher = sk_SSL_CIPHER_value(ciphers, i);
-        if (!SSL_CIPHER_is_aead(cipher)) /* openssl/openssl#24972: with CBC anybody's record ends a connection */
-            return fail(err, DTLS_ERR_ARG, "%s: only AEAD suites are safe with DTLS", SSL_CIPHER_get_name(cipher));
-    }
+    if (ctx_check_suites(ctx, err) < 0)
+        return DTLS_ERR_ARG;
+    if (SSL_CTX_get_min_proto_version(ctx) != DTLS1_2_VERSION || SSL_CTX_get_max_proto_version(ctx) != DTLS1_2_VERSION)
+        return fail(err, DTLS_ERR_ARG, "on_ssl_ctx changed the versions; only DTLS 1.2 is possible");
     if (!SSL_CTX_get0_certificate(ctx) || SSL_CTX_check_private_key(ctx) != 1)
         return fail(err, DTLS_ERR_CERT, "a certificate and its private key are needed");
     /* OpenSSL takes a certificate whose extensions it could not read, be it for want of memory, and goes without them. */
@@ -4037,6 +4502,92 @@ static int ctx_check(SSL_CTX *ctx, dtls_error *err)
     return bad ? fail(err, DTLS_ERR_CERT, "a CA certificate has a key or extensions that OpenSSL cannot read") : 0;
 }
 
+/* Sessions. */
+
+/* The session without the chain that the peer sent with its certificate: its encoding does not have that. */
+static SSL_SESSION *ctx_session_strip(SSL_SESSION *session)
+{
+    int len = i2d_SSL_SESSION(session, NULL);
+    uint8_t *bytes = len > 0 ? malloc((size_t)len) : NULL, *end = bytes;
+    if (!bytes)
+        return NULL;
+    i2d_SSL_SESSION(session, &end);
+    const uint8_t *begin = bytes;
+    SSL_SESSION *stripped = d2i_SSL_SESSION(NULL, &begin, len);
+    OPENSSL_cleanse(bytes, (size_t)len);
+    free(bytes);
+    return stripped;
+}
+
+/* A full handshake is done. The return says whether we keep the reference that libssl gives us. */
+static int ctx_session_new(SSL *ssl, SSL_SESSION *session)
+{
+    bool chain = sk_X509_num(SSL_get_peer_cert_chain(ssl)) > 0;
+    SSL_SESSION *kept = chain ? ctx_session_strip(session) : session;
+    if (kept)
+        session_keep(assoc_of(ssl)->ep, kept);
+    return !chain;
+}
+
+/* A client wants to resume. It gets a copy: libssl marks a session as spoilt when a handshake with it fails. */
+static SSL_SESSION *ctx_session_get(SSL *ssl, const unsigned char *id, int len, int *copy)
+{
+    dtls_endpoint *ep = assoc_of(ssl)->ep;
+    struct session *s = session_find(ep, id, (unsigned)len);
+    *copy = 0;
+    return s ? SSL_SESSION_dup(s->session) : NULL;
+}
+
+/* ALPN, RFC 7301. */
+
+/* The first of ours that the client has; a client that has none of them is refused, as the RFC wants it. */
+static int ctx_alpn_select(SSL *ssl, const unsigned char **chosen, unsigned char *len, const unsigned char *theirs,
+                           unsigned theirs_len, void *user)
+{
+    const dtls_endpoint *ep = user;
+    (void)ssl;
+    for (const char *name = ep->alpn; *name; name += strlen(name) + 1) {
+        for (unsigned i = 0; i < theirs_len; i += theirs[i] + 1u) {
+            if (theirs[i] == strlen(name) && memcmp(name, theirs + i + 1, theirs[i]) == 0) {
+                *chosen = theirs + i + 1;
+                *len = theirs[i];
+                return SSL_TLSEXT_ERR_OK;
+            }
+        }
+    }
+    return SSL_TLSEXT_ERR_ALERT_FATAL;
+}
+
+/* The protocols of the configuration, as libssl wants them and as text. 0 or an error. */
+static int ctx_set_alpn(SSL_CTX *ctx, dtls_endpoint *ep, dtls_error *err)
+{
+    uint8_t names[ALPN_BYTES];
+    const char *text = ep->cfg.alpn;
+    size_t n = strlen(text), length_at = 0;
+    if (n == 0 || n + 1 > sizeof names)
+        return fail(err, DTLS_ERR_ARG, "alpn must be names with commas between them, at most %d bytes", ALPN_BYTES - 1);
+    ep->alpn = calloc(1, n + 2);
+    if (!ep->alpn)
+        return fail(err, DTLS_ERR_MEMORY, "out of memory");
+    memcpy(names + 1, text, n); /* and where the commas were, and in front, stands the length of what follows */
+    for (size_t i = 0; i <= n; i++) {
+        bool ends = i == n || text[i] == ',';
+        ep->alpn[i] = ends ? 0 : text[i];
+        if (ends && (i == length_at || i - length_at > UINT8_MAX))
+            return fail(err, DTLS_ERR_ARG, "alpn: each name must have 1 to 255 bytes");
+        names[ends ? length_at : i + 1] = ends ? (uint8_t)(i - length_at) : (uint8_t)text[i];
+        length_at = ends ? i + 1 : length_at;
+    }
+    SSL_CTX_set_alpn_select_cb(ctx, ctx_alpn_select, ep);
+    return SSL_CTX_set_alpn_protos(ctx, names, (unsigned)n + 1) == 0 ? 0 : fail(err, DTLS_ERR_MEMORY, "out of memory");
+}
+
+/* No DSA, no SHA-1, no SHA-224: RFC 9325 section 4.2, RFC 9155. */
+#define SIGNATURES                                                                                                     \
+    "ECDSA+SHA256:ECDSA+SHA384:ECDSA+SHA512:ed25519:ed448:rsa_pss_rsae_sha256:rsa_pss_rsae_sha384:rsa_pss_rsae_"       \
+    "sha512:"                                                                                                          \
+    "rsa_pss_pss_sha256:rsa_pss_pss_sha384:rsa_pss_pss_sha512:RSA+SHA256:RSA+SHA384:RSA+SHA512"
+
 /* What on_ssl_ctx may change later. */
 static int ctx_defaults(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
 {
@@ -4046,12 +4597,18 @@ static int ctx_defaults(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
         SSL_CTX_set_max_proto_version(ctx, DTLS1_2_VERSION) != 1 ||
         SSL_CTX_set_cipher_list(ctx, "ECDHE+AESGCM:ECDHE+CHACHA20") != 1)
         return fail(err, DTLS_ERR_TLS, "this OpenSSL has no DTLS 1.2 with ECDHE and AEAD suites");
+    /* Whatever this OpenSSL was built with. */
+    if (SSL_CTX_get_security_level(ctx) < 2)
+        SSL_CTX_set_security_level(ctx, 2);
+    SSL_CTX_clear_options(ctx, SSL_OP_LEGACY_SERVER_CONNECT);
+    if (SSL_CTX_set1_sigalgs_list(ctx, SIGNATURES) != 1)
+        return fail(err, DTLS_ERR_TLS, "this OpenSSL lacks signature algorithms");
     /* A ticket carries the client's certificate: a ClientHello above 1 KB and much CPU. The cache does it better. */
     SSL_CTX_set_options(ctx, SSL_OP_NO_TICKET | SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION |
                                  SSL_OP_CIPHER_SERVER_PREFERENCE);
     /* The chain comes from the file; building one for each handshake costs 8 % of it. */
     SSL_CTX_set_mode(ctx, SSL_MODE_NO_AUTO_CHAIN | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
-    SSL_CTX_set_max_cert_list(ctx, CERTIFICATES_LENGTH_MAX);
+    SSL_CTX_set_max_cert_list(ctx, cfg->max_chain_bytes);
     SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, NULL);
     SSL_CTX_set_default_passwd_cb(ctx, ctx_no_password);
     /* Resumption with client certificates needs a context; a random one keeps sessions within this set of trust. */
@@ -4060,8 +4617,9 @@ static int ctx_defaults(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
     if (cfg->session_cache == DTLS_NEVER) {
         SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_OFF);
     } else {
-        SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_SERVER);
-        SSL_CTX_sess_set_cache_size(ctx, cfg->session_cache);
+        SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_SERVER | SSL_SESS_CACHE_NO_INTERNAL);
+        SSL_CTX_sess_set_new_cb(ctx, ctx_session_new);
+        SSL_CTX_sess_set_get_cb(ctx, ctx_session_get);
     }
     return 0;
 }
@@ -4570,8 +5128,13 @@ static void ep_destroy(struct object *o)
     dtls_endpoint *ep = (dtls_endpoint *)o;
     if (ep->spare)
         assoc_destroy(&ep->spare->object);
+    while (ep->newest)
+        session_drop(ep, ep->newest);
     free(ep->associations.slots);
     free(ep->sources.slots);
+    free(ep->identities.slots);
+    free(ep->sessions.slots);
+    free(ep->alpn);
     timer_done(ep->loop, &ep->kinds_timer);
     BIO_ADDR_free(ep->listen_addr);
     SSL_CTX_free(ep->ctx);
@@ -4606,6 +5169,23 @@ void dtls_endpoint_free(dtls_endpoint *ep)
     loop_leave(l);
 }
 
+/* Each as large as the configuration lets it get. */
+static bool ep_make_tables(dtls_endpoint *ep)
+{
+    const size_t conns = (size_t)ep->cfg.max_conns;
+    struct {
+        struct table *table;
+        size_t elements;
+    } tables[] = {{&ep->associations, conns},
+                  {&ep->sources, conns},
+                  {&ep->identities, conns},
+                  {&ep->sessions, ep->cfg.session_cache == DTLS_NEVER ? 1 : (size_t)ep->cfg.session_cache}};
+    for (size_t i = 0; i < sizeof tables / sizeof *tables; i++)
+        if (!table_init(tables[i].table, tables[i].elements) || RAND_bytes(tables[i].table->key, 16) != 1)
+            return false;
+    return true;
+}
+
 static int ep_setup(dtls_endpoint *ep, dtls_error *err)
 {
     if (OpenSSL_version_num() >> 28 != OPENSSL_VERSION_NUMBER >> 28)
@@ -4617,16 +5197,15 @@ static int ep_setup(dtls_endpoint *ep, dtls_error *err)
     ep->ctx = SSL_CTX_new(DTLS_method());
     if (!ep->bio_method || !ep->listen_addr || !ep->ctx)
         return fail(err, DTLS_ERR_MEMORY, "out of memory");
-    if (!table_init(&ep->associations, (size_t)ep->cfg.max_conns) ||
-        !table_init(&ep->sources, (size_t)ep->cfg.max_conns))
-        return fail(err, DTLS_ERR_MEMORY, "out of memory");
-    if (RAND_bytes(ep->associations.key, sizeof ep->associations.key) != 1 ||
-        RAND_bytes(ep->sources.key, sizeof ep->sources.key) != 1 ||
-        RAND_bytes(&ep->secret[0][0], sizeof ep->secret) != 1)
+    if (!ep_make_tables(ep))
+        return fail(err, DTLS_ERR_MEMORY, "out of memory, or of random numbers");
+    if (RAND_bytes(&ep->secret[0][0], sizeof ep->secret) != 1)
         return fail(err, DTLS_ERR_TLS, "OpenSSL has no random numbers");
     ep->secret_at = loop_now(ep->loop);
     if (ctx_defaults(ep->ctx, &ep->cfg, err) < 0)
         return DTLS_ERR_TLS;
+    if (ep->cfg.alpn && ctx_set_alpn(ep->ctx, ep, err) < 0)
+        return DTLS_ERR_ARG;
     SSL_CTX_set_cookie_generate_cb(ep->ctx, cookie_generate);
     SSL_CTX_set_cookie_verify_cb(ep->ctx, cookie_verify);
     if (ctx_load(ep->ctx, &ep->cfg, err) < 0)
@@ -4656,7 +5235,7 @@ dtls_endpoint *dtls_endpoint_new(dtls_loop *l, const dtls_config *config, dtls_e
         ep_destroy(&ep->object);
         return NULL;
     }
-    ep->cfg.cert_file = ep->cfg.key_file = ep->cfg.ca_file = NULL; /* used up; not ours to keep */
+    ep->cfg.cert_file = ep->cfg.key_file = ep->cfg.ca_file = ep->cfg.alpn = NULL; /* used up; not ours to keep */
     list_add(&l->live, &ep->object);
     return ep;
 }

@@ -31,7 +31,8 @@
  * Callbacks run inside dtls_loop_poll(), dtls_loop_run(), dtls_endpoint_input() or the call that caused them. They may
  * call anything in this header except dtls_loop_poll(), dtls_loop_run() and dtls_loop_free(); closing or freeing any
  * object from any callback is safe: memory goes away at the end of the turn. config.send alone runs in the middle of
- * OpenSSL's work: it may post, but call nothing else here.
+ * OpenSSL's work: it may post, but call nothing else here. Hooks that on_ssl_ctx sets must not ask OpenSSL to call them
+ * again later (SSL_ERROR_WANT_X509_LOOKUP and the like): that ends the handshake.
  *
  * Time is in milliseconds where a name ends in _ms. In the configuration 0 always means the default written beside the
  * field, and DTLS_NEVER switches off what says so there.
@@ -74,7 +75,7 @@ enum {
     DTLS_ERR_CERT = -5,   /* certificate, key or CA unreadable, mismatched, expired or missing */
     DTLS_ERR_TLS = -6,    /* OpenSSL refused: the text has its reason */
     DTLS_ERR_STATE = -7,  /* not possible now: not connected yet, closed, or called from where it must not be */
-    DTLS_ERR_SIZE = -8,   /* a message of 0 or of more than DTLS_MESSAGE_MAX bytes: nothing was sent */
+    DTLS_ERR_SIZE = -8,   /* a message of 0 bytes, or of more than this peer takes: nothing was sent */
     DTLS_ERR_AGAIN = -9,  /* a send queue is full: nothing was sent, drop the message or try later */
     DTLS_ERR_LIMIT = -10  /* a configured limit is reached */
 };
@@ -197,6 +198,10 @@ typedef struct dtls_config {
     const char *cert_file; /* own certificate, then its intermediates */
     const char *key_file;
     const char *ca_file;
+    const char
+        *alpn; /* application protocols, the best first, as in "coap,echo" (RFC 7301). A server refuses a client */
+               /* that offers only others. NULL: none are offered or chosen */
+    int allow_no_ems; /* 1: also peers without the extended master secret (RFC 7627); 0: they are refused */
 
     void (*on_event)(dtls_conn *conn, dtls_event event, const void *data, size_t len);
     void (*on_log)(void *user, dtls_log level, const char *line); /* one line per connect, close and failure */
@@ -225,7 +230,9 @@ typedef struct dtls_config {
     int send_queue_bytes;    /* 1,048,576 waiting per socket when the system will not take more; macOS and the BSDs */
                              /* drop instead, and nothing waits */
     int socket_buffer_bytes; /* 1,048,576 asked for SO_RCVBUF and SO_SNDBUF, at least 18,432; the system may give less */
-    int session_cache;       /* 4,096 sessions kept for resumption by a server; DTLS_NEVER: none */
+    int session_cache;       /* 4,096 sessions kept for resumption by a server, each with the peer's certificate; */
+                             /* DTLS_NEVER: none */
+    int max_chain_bytes;     /* 8,192: of a peer's certificate with its intermediates, 512 to 65,536 */
 
     /* A transport of your own: takes one datagram, returns 0, or not 0 if it cannot take it now. Then this endpoint
      * opens no sockets; hand what arrives to dtls_endpoint_input(), but never from inside this call: queue it. */
@@ -243,11 +250,13 @@ int dtls_endpoint_listen(dtls_endpoint *ep, dtls_addr *addr, dtls_error *err);
 
 typedef struct dtls_target {
     dtls_addr peer;
-    dtls_addr local;                /* with a transport of your own: the address to send from; otherwise left zero */
-    const char *name;               /* DNS name or IP that the server's certificate must have in its subjectAltName; */
-                                    /* NULL: the IP of peer. Copied. */
-    struct ssl_session_st *session; /* from dtls_conn_session(), to resume; NULL: full handshake. Stays yours. */
-    void *user;                     /* for dtls_conn_user() */
+    dtls_addr local;  /* with a transport of your own: the address to send from; otherwise left zero */
+    const char *name; /* DNS name or IP that the server's certificate must have in its subjectAltName; */
+                      /* NULL: the IP of peer. Copied. */
+    struct ssl_session_st
+        *session; /* from dtls_conn_session(), to resume; NULL: full handshake. Stays yours. One that */
+                  /* cannot be resumed, with this name, leads to a full handshake. */
+    void *user;   /* for dtls_conn_user() */
 } dtls_target;
 
 /* Starts a connection; DTLS_EV_CONNECTED or DTLS_EV_CLOSED tells how it went, never before this call returns. NULL: it
@@ -319,30 +328,39 @@ typedef enum dtls_reason {
     DTLS_CLOSE_REPLACED, /* the same address completed a new association (RFC 6347 section 4.2.8) */
     DTLS_CLOSE_REFUSED,  /* the peer refused the handshake by an alert, or ICMP says that nobody listens there. */
                          /* Anybody can forge these, so they are believed if nothing else arrives for 3 s */
-    DTLS_CLOSE_VERIFY,   /* we refused the peer's certificate */
-    DTLS_CLOSE_ERROR     /* a protocol error, a fatal alert, or no memory */
+    DTLS_CLOSE_VERIFY,   /* we refused the peer's certificate, or one connection more than we may have */
+    DTLS_CLOSE_ERROR,    /* a protocol error, a fatal alert, or no memory */
+    DTLS_CLOSE_KEYS      /* its keys did as much as they safely can (RFC 9325 section 4.4): connect anew */
 } dtls_reason;
 
 typedef struct dtls_info {
     dtls_addr peer, local;
-    const char *peer_name; /* commonName of the peer's certificate, "" if none; control characters replaced */
-    const char *cipher;    /* OpenSSL's name; "" before the handshake chose one */
-    int server;            /* 1: the peer connected to us */
-    int connected;         /* 1 between DTLS_EV_CONNECTED and DTLS_EV_CLOSED */
-    int resumed;           /* 1: the handshake was abbreviated */
-    int64_t age_ms;        /* since the first datagram or dtls_endpoint_connect() */
-    int64_t silent_ms;     /* since the last authentic message, or since connecting */
+    /* Whom the peer's certificate names; verified, like all of it. To decide who may do what use the fingerprint or a
+     * subjectAltName that your CA controls; the commonName is good for logs. Names are UTF-8 with control characters, bytes
+     * that are none of it and backslashes written as \x0a, so that different names differ here, too. */
+    const char *peer_name;             /* the commonName, "" if there is none; above 256 bytes its peer is refused */
+    const char *const *peer_alt_names; /* "DNS:host", "IP:192.0.2.1", "URI:...", "email:..."; then NULL */
+    const char *peer_fingerprint;      /* SHA-256 of the certificate, 64 hexadecimal digits; "" without one */
+    const char *version;               /* "DTLSv1.2"; "" before DTLS_EV_CONNECTED, as the next */
+    const char *alpn;                  /* the application protocol that was agreed upon, or "" */
+    const char *cipher;                /* OpenSSL's name; "" before the handshake chose one */
+    int server;                        /* 1: the peer connected to us */
+    int connected;                     /* 1 between DTLS_EV_CONNECTED and DTLS_EV_CLOSED */
+    int resumed;                       /* 1: the handshake was abbreviated */
+    int64_t age_ms;                    /* since the first datagram or dtls_endpoint_connect() */
+    int64_t silent_ms;                 /* since the last authentic message, or since connecting */
     uint64_t messages_in, messages_out, bytes_in, bytes_out; /* application data */
 } dtls_info;
 
-/* Sends one message of 1 to DTLS_MESSAGE_MAX bytes as one record in one datagram (SSL_write); the bytes are copied.
+/* Sends one message of 1 to DTLS_MESSAGE_MAX bytes as one record in one datagram (SSL_write); the bytes are copied. A peer
+ * that negotiated max_fragment_length (RFC 6066 section 4) takes less: DTLS_ERR_SIZE.
  * A message may be lost or overtaken by a later one; it never arrives twice. It leaves at the end of the turn, at once if
  * no turn is under way. Returns 0; or DTLS_ERR_SIZE, _STATE or _AGAIN with the connection unharmed; or DTLS_ERR_TLS, after
  * DTLS_EV_CLOSED was raised. */
 int dtls_conn_send(dtls_conn *conn, const void *data, size_t len);
 
-/* The largest message that needs no IP fragmentation, as far as the handshake found out (DTLS_get_data_mtu); 0 before it
- * is done. */
+/* The largest message that needs no IP fragmentation, as far as the handshake found out (DTLS_get_data_mtu), and that the
+ * peer takes; 0 before it is done. */
 size_t dtls_conn_payload_max(const dtls_conn *conn);
 
 /* Sends close_notify once, raises DTLS_EV_CLOSED before it returns, and lets go; never waits. */
@@ -358,8 +376,8 @@ dtls_endpoint *dtls_conn_endpoint(const dtls_conn *conn);
 void *dtls_conn_user(const dtls_conn *conn);
 void dtls_conn_set_user(dtls_conn *conn, void *user);
 
-/* The session to resume later, from DTLS_EV_CONNECTED on: a reference that you free with SSL_SESSION_free(), or NULL.
- */
+/* The session to resume later, from DTLS_EV_CONNECTED on: a reference that you free with SSL_SESSION_free(), or NULL. It
+ * may be saved (i2d_SSL_SESSION) and used by another endpoint and process; it holds keys. */
 struct ssl_session_st *dtls_conn_session(const dtls_conn *conn);
 
 /* The SSL, to look things up, from DTLS_EV_CONNECTED on (NULL before: a client may begin its handshake anew, on

@@ -1023,13 +1023,14 @@ static void test_names(void)
                  {"a\nb\x7f"
                   "c\xc2\x9b"
                   "31m",
-                  10, "a?b?c??31m", "control characters in a peer's name"},
+                  10, "a\\x0ab\\x7fc\\xc2\\x9b31m", "control characters in a peer's name"},
+                 {"a\\x0ab", 6, "a\\x5cx0ab", "a name with what looks like an escape is another name"},
                  {"sixty-four characters are what a common name may have at the most", 64,
                   "sixty-four characters are what a common name may have at the mos", "a name of 64 characters"},
                  {"thirty characters and umlauts: " UMLAUTS UMLAUTS, 63,
                   "thirty characters and umlauts: " UMLAUTS UMLAUTS, "a name in UTF-8 that just fits"},
                  {"thirty characters and umlauts: " UMLAUTS UMLAUTS UMLAUTS, 79,
-                  "thirty characters and umlauts: " UMLAUTS UMLAUTS, "a longer one is cut between characters"}};
+                  "thirty characters and umlauts: " UMLAUTS UMLAUTS UMLAUTS, "a longer one is whole"}};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         struct identity id = issue_as(names[i].name, names[i].length, 0);
         client.id = &id;

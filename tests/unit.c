@@ -546,15 +546,15 @@ static void test_claims(void)
     struct claim *claim = &a->handshake->claim;
     hs_become(a, HS_ASKING);
     hs_socket_failed(a, ENOBUFS);
-    CHECK(!claim->at);
+    CHECK(!claim->made);
     hs_socket_failed(a, ECONNREFUSED);
-    CHECK(claim->at && strcmp(claim->text, strerror(ECONNREFUSED)) == 0);
+    CHECK(claim->made && strcmp(claim->text, strerror(ECONNREFUSED)) == 0);
     hs_claim(a, 48, SSL_alert_desc_string_long(48));
     CHECK(strcmp(claim->text, "refused by the peer: unknown CA") == 0);
-    claim->at = 0;
+    claim->made = false;
     hs_become(a, HS_FLIGHTS); /* somebody answered */
     hs_socket_failed(a, ECONNREFUSED);
-    CHECK(!claim->at);
+    CHECK(!claim->made);
     dtls_loop_free(l);
 }
 
@@ -688,6 +688,7 @@ static void test_deadlines(void)
 /* Where a message has its place, and how long it gets. */
 static void test_guard_messages(void)
 {
+    enum { CHAIN_MAX = 8192 };
     static const struct {
         unsigned type, seq, length;
         bool server, good;
@@ -695,10 +696,10 @@ static void test_guard_messages(void)
                  {CLIENT_HELLO, 0, 100, true, false},
                  {CLIENT_HELLO, 1, HELLO_LENGTH_MAX + 1, true, false},
                  {CLIENT_HELLO, 1, 100, false, false},
-                 {CERTIFICATE, 2, CERTIFICATES_LENGTH_MAX, true, true},
+                 {CERTIFICATE, 2, CHAIN_MAX, true, true},
                  {CERTIFICATE, 3, 100, true, false},
                  {CERTIFICATE, 3, 100, false, true},
-                 {CERTIFICATE, 2, CERTIFICATES_LENGTH_MAX + 1, false, false},
+                 {CERTIFICATE, 2, CHAIN_MAX + 1, false, false},
                  {CLIENT_KEY_EXCHANGE, 3, KEY_LENGTH_MAX, true, true},
                  {CLIENT_KEY_EXCHANGE, 2, 100, true, false},
                  {CLIENT_KEY_EXCHANGE, 3, KEY_LENGTH_MAX + 1, true, false},
@@ -710,15 +711,22 @@ static void test_guard_messages(void)
                  {SERVER_HELLO, SERVER_SEQ_MAX + 1, 100, false, false},
                  {SERVER_HELLO, 1, HELLO_LENGTH_MAX + 1, false, false},
                  {SERVER_HELLO, 1, 100, true, false},
-                 {NEW_SESSION_TICKET, 8, CERTIFICATES_LENGTH_MAX, false, true},
+                 {NEW_SESSION_TICKET, 8, CHAIN_MAX, false, true},
                  {NEW_SESSION_TICKET, SERVER_SEQ_MAX + 1, 100, false, false},
-                 {CERTIFICATE_REQUEST, 4, CERTIFICATES_LENGTH_MAX + 1, false, false},
+                 {CERTIFICATE_REQUEST, 4, CA_NAMES_LENGTH_MAX + 1, false, false},
                  {SERVER_HELLO_DONE, 5, 0, true, false},
                  {CERTIFICATE_STATUS, 3, 100, false, true},
                  {0, 1, 0, false, false}};
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
-        CHECK(guard_message(cases[i].type, cases[i].seq, cases[i].length, cases[i].server, true) == cases[i].good);
-    CHECK(guard_message(CLIENT_KEY_EXCHANGE, 2, 100, true, false) && !guard_message(CERTIFICATE, 2, 100, true, false));
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct guard g = {.server = cases[i].server, .asks = true, .tickets = true, .chain_max = CHAIN_MAX};
+        CHECK(guard_message(&g, cases[i].type, cases[i].seq, cases[i].length) == cases[i].good);
+        g.resumed = true; /* then nothing is left to say in plaintext but a ticket */
+        CHECK(guard_message(&g, cases[i].type, cases[i].seq, cases[i].length) ==
+              (cases[i].good && cases[i].type == NEW_SESSION_TICKET));
+    }
+    const struct guard trusting = {.server = true, .chain_max = CHAIN_MAX}, no_tickets = {.chain_max = CHAIN_MAX};
+    CHECK(guard_message(&trusting, CLIENT_KEY_EXCHANGE, 2, 100) && !guard_message(&trusting, CERTIFICATE, 2, 100));
+    CHECK(!guard_message(&no_tickets, NEW_SESSION_TICKET, 4, 100));
 }
 
 static void test_cookies(void)

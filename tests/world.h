@@ -24,7 +24,7 @@ struct side {
     dtls_conn *conn; /* the last one, until it closes */
     int connected, messages, closed, idle, resumed;
     dtls_reason reason;
-    char peer_name[80], reason_text[256];
+    char peer_name[300], reason_text[256];
     char last[64]; /* message, or its beginning */
     size_t last_len;
 
