@@ -23,12 +23,13 @@
  *    3  loop         objects and when they are freed, timers, jobs, descriptors, signals, posts, one turn
  *    4  datagrams    UDP sockets: batches in and out, local addresses, the send queue; knows no DTLS
  *    5  wire         records, the guard in front of libssl, flights, the BIO
- *    6  connection   associations and connections: structs, deadlines, the table, their end, the log, identities
- *    7  traffic      an open connection: its deadlines, reading, sending, what one can ask of it
- *    8  handshake    its states and their transitions, its deadlines, new starts; it ends by opening the connection
- *    9  context      configuration, certificates, versions, ciphers, sessions
- *   10  endpoint     cookies, ClientHellos, listening, connecting
- *   11  program      with -DDTLS_MAIN: options, server, client
+ *    6  peers        the structs of all below; where peers come from, whom their certificates name, sessions, the log
+ *    7  connection   associations and connections: the table, deadlines, jobs, their end, the name that is expected
+ *    8  traffic      an open connection: its deadlines, reading, sending, what one can ask of it
+ *    9  handshake    its states and their transitions, its deadlines, new starts; it ends by opening the connection
+ *   10  context      configuration, certificates, versions, ciphers, sessions
+ *   11  endpoint     cookies, ClientHellos, listening, connecting
+ *   12  program      with -DDTLS_MAIN: options, server, client
  *
  * A datagram's way in:  udp_readable, then ep_listening_input (which association, or the cookie exchange) or
  * ep_own_input (a client's own socket), then hs_input or traffic_input (the guard), bio_read, libssl, on_event. And out:
@@ -438,6 +439,11 @@ static void addr_pack(const dtls_addr *a, uint8_t out[ADDR_PACKED])
     out[21] = (uint8_t)a->port;
     out[22] = a->family;
     out[23] = 0;
+}
+
+static int64_t earlier(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
 }
 
 static char *text_copy(const char *text)
@@ -2209,7 +2215,7 @@ static BIO_METHOD *bio_method_new(void)
     return NULL;
 }
 
-/* ==== 6. connection =============================================================================================== */
+/* ==== 6. peers ==================================================================================================== */
 
 enum {
     NAME_MAX_BYTES = 256, /* ub-common-name, RFC 5280 appendix A: 64 characters, of at most four bytes each */
@@ -2397,37 +2403,6 @@ static bool at_limit(size_t count, int limit)
 static void ep_count(dtls_endpoint *ep, dtls_drop reason)
 {
     ep->counters.dropped[reason]++;
-}
-
-/* The table of associations: by the peer's address, and compared by both addresses, since one peer may talk to two of
- * ours from one port. The newest of those with the same addresses comes first: behind a restarted client's handshake
- * stands its old association. */
-
-static uint64_t assoc_hash(const dtls_endpoint *ep, const dtls_addr *peer)
-{
-    uint8_t key[ADDR_PACKED];
-    addr_pack(peer, key);
-    return table_hash(&ep->associations, key, sizeof key);
-}
-
-static struct association *assoc_match(struct entry *e, const dtls_addr *peer, const dtls_addr *local)
-{
-    for (; e; e = table_next(e)) {
-        struct association *a = OWNER_OF(struct association, entry, e);
-        if (dtls_addr_equal(&a->peer, peer) && dtls_addr_equal(&a->local, local))
-            return a;
-    }
-    return NULL;
-}
-
-static struct association *assoc_find(const dtls_endpoint *ep, const dtls_addr *peer, const dtls_addr *local)
-{
-    return assoc_match(table_first(&ep->associations, assoc_hash(ep, peer)), peer, local);
-}
-
-static struct association *assoc_next_same(const struct association *a)
-{
-    return assoc_match(table_next(&a->entry), &a->peer, &a->local);
 }
 
 /* Sources. */
@@ -2807,6 +2782,123 @@ static void session_forget(dtls_endpoint *ep, const SSL *ssl)
         session_drop(ep, s);
 }
 
+/* The log. Each line is about a peer: its address, then what happened. */
+
+static void ep_log(const dtls_endpoint *ep, dtls_log level, const dtls_addr *peer, const char *text)
+{
+    const dtls_config *cfg = &ep->cfg;
+    char line[512], addr[DTLS_ADDR_TEXT];
+    if (!cfg->on_log)
+        return;
+    snprintf(line, sizeof line, "%s %s", dtls_addr_format(peer, addr, sizeof addr), text);
+    cfg->on_log(cfg->user, level, line);
+}
+
+/* Lines that differ only in numbers are of one kind. */
+static uint64_t kind_hash(const dtls_endpoint *ep, const char *text)
+{
+    uint8_t words[LINE_BYTES];
+    size_t n = 0;
+    for (; *text && n < sizeof words; text++)
+        if (*text < '0' || *text > '9')
+            words[n++] = (uint8_t)*text;
+    return table_hash(&ep->associations, words, n);
+}
+
+/* The kind of a line; with more kinds than places the last place is for all others. */
+static struct kind *kind_find(dtls_endpoint *ep, uint64_t hash)
+{
+    struct kind *found = NULL;
+    for (struct kind *k = ep->kinds; k < ep->kinds + KINDS; k++)
+        if (k->logged > 0 ? k->hash == hash : !found)
+            found = k;
+    return found ? found : &ep->kinds[KINDS - 1];
+}
+
+/* Says how many lines of the kind were not logged; false: none, and the next one is news again. */
+static bool kind_sum_up(dtls_endpoint *ep, struct kind *k, int64_t now)
+{
+    char text[LINE_BYTES + 64];
+    unsigned more = k->more;
+    if (more > 0) {
+        snprintf(text, sizeof text, "and %u more in %.1f s: %s", more, (double)(now - k->since) / 1e6, k->text);
+        k->more = 0;
+        k->since = now;
+        ep_log(ep, k->level, &k->last, text);
+    }
+    return more > 0;
+}
+
+static void kinds_sum_up(void *user)
+{
+    dtls_endpoint *ep = user;
+    int64_t now = loop_now(ep->loop), next = INT64_MAX;
+    for (struct kind *k = ep->kinds; k < ep->kinds + KINDS; k++) {
+        if (k->logged > 0 && (ep->closed || now >= k->since + us(KIND_MS)) && !kind_sum_up(ep, k, now))
+            k->logged = 0;
+        if (k->logged > 0)
+            next = earlier(next, k->since + us(KIND_MS));
+    }
+    if (next < INT64_MAX && !ep->closed)
+        timer_set(ep->loop, &ep->kinds_timer, next);
+}
+
+/* Whoever can send datagrams can cause these lines, so their number has a bound. */
+static void ep_log_stranger(dtls_endpoint *ep, dtls_log level, const dtls_addr *peer, const char *text)
+{
+    uint64_t hash = kind_hash(ep, text);
+    struct kind *k = kind_find(ep, hash);
+    if (!ep->cfg.on_log)
+        return;
+    if (k->logged == 0) {
+        *k = (struct kind){.hash = hash, .since = loop_now(ep->loop)};
+        if (!ep->kinds_timer.slot)
+            timer_set(ep->loop, &ep->kinds_timer, k->since + us(KIND_MS));
+    }
+    if (k->logged < KIND_LOGGED) {
+        k->logged++;
+        ep_log(ep, level, peer, text);
+        return;
+    }
+    k->more++;
+    k->level = level;
+    k->last = *peer;
+    snprintf(k->text, sizeof k->text, "%s", text);
+}
+
+/* ==== 7. connection =============================================================================================== */
+
+/* The table of associations: by the peer's address, and compared by both addresses, since one peer may talk to two of
+ * ours from one port. The newest of those with the same addresses comes first: behind a restarted client's handshake
+ * stands its old association. */
+
+static uint64_t assoc_hash(const dtls_endpoint *ep, const dtls_addr *peer)
+{
+    uint8_t key[ADDR_PACKED];
+    addr_pack(peer, key);
+    return table_hash(&ep->associations, key, sizeof key);
+}
+
+static struct association *assoc_match(struct entry *e, const dtls_addr *peer, const dtls_addr *local)
+{
+    for (; e; e = table_next(e)) {
+        struct association *a = OWNER_OF(struct association, entry, e);
+        if (dtls_addr_equal(&a->peer, peer) && dtls_addr_equal(&a->local, local))
+            return a;
+    }
+    return NULL;
+}
+
+static struct association *assoc_find(const dtls_endpoint *ep, const dtls_addr *peer, const dtls_addr *local)
+{
+    return assoc_match(table_first(&ep->associations, assoc_hash(ep, peer)), peer, local);
+}
+
+static struct association *assoc_next_same(const struct association *a)
+{
+    return assoc_match(table_next(&a->entry), &a->peer, &a->local);
+}
+
 /* Associations. */
 
 static struct association *assoc_of(SSL *ssl)
@@ -2835,11 +2927,6 @@ static int assoc_send(void *owner, const void *data, size_t len)
     }
     ep->counters.datagrams_out += r == 0;
     return r;
-}
-
-static int64_t earlier(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
 }
 
 /* Sets the one timer to the earliest of all deadlines. Those that moved later meanwhile are found out when it fires, so
@@ -3130,90 +3217,6 @@ static void conn_raise(dtls_conn *c, dtls_event event, const void *data, size_t 
         c->ep->cfg.on_event(c, event, data, len);
 }
 
-/* The log. Each line is about a peer: its address, then what happened. */
-
-static void ep_log(const dtls_endpoint *ep, dtls_log level, const dtls_addr *peer, const char *text)
-{
-    const dtls_config *cfg = &ep->cfg;
-    char line[512], addr[DTLS_ADDR_TEXT];
-    if (!cfg->on_log)
-        return;
-    snprintf(line, sizeof line, "%s %s", dtls_addr_format(peer, addr, sizeof addr), text);
-    cfg->on_log(cfg->user, level, line);
-}
-
-/* Lines that differ only in numbers are of one kind. */
-static uint64_t kind_hash(const dtls_endpoint *ep, const char *text)
-{
-    uint8_t words[LINE_BYTES];
-    size_t n = 0;
-    for (; *text && n < sizeof words; text++)
-        if (*text < '0' || *text > '9')
-            words[n++] = (uint8_t)*text;
-    return table_hash(&ep->associations, words, n);
-}
-
-/* The kind of a line; with more kinds than places the last place is for all others. */
-static struct kind *kind_find(dtls_endpoint *ep, uint64_t hash)
-{
-    struct kind *found = NULL;
-    for (struct kind *k = ep->kinds; k < ep->kinds + KINDS; k++)
-        if (k->logged > 0 ? k->hash == hash : !found)
-            found = k;
-    return found ? found : &ep->kinds[KINDS - 1];
-}
-
-/* Says how many lines of the kind were not logged; false: none, and the next one is news again. */
-static bool kind_sum_up(dtls_endpoint *ep, struct kind *k, int64_t now)
-{
-    char text[LINE_BYTES + 64];
-    unsigned more = k->more;
-    if (more > 0) {
-        snprintf(text, sizeof text, "and %u more in %.1f s: %s", more, (double)(now - k->since) / 1e6, k->text);
-        k->more = 0;
-        k->since = now;
-        ep_log(ep, k->level, &k->last, text);
-    }
-    return more > 0;
-}
-
-static void kinds_sum_up(void *user)
-{
-    dtls_endpoint *ep = user;
-    int64_t now = loop_now(ep->loop), next = INT64_MAX;
-    for (struct kind *k = ep->kinds; k < ep->kinds + KINDS; k++) {
-        if (k->logged > 0 && (ep->closed || now >= k->since + us(KIND_MS)) && !kind_sum_up(ep, k, now))
-            k->logged = 0;
-        if (k->logged > 0)
-            next = earlier(next, k->since + us(KIND_MS));
-    }
-    if (next < INT64_MAX && !ep->closed)
-        timer_set(ep->loop, &ep->kinds_timer, next);
-}
-
-/* Whoever can send datagrams can cause these lines, so their number has a bound. */
-static void ep_log_stranger(dtls_endpoint *ep, dtls_log level, const dtls_addr *peer, const char *text)
-{
-    uint64_t hash = kind_hash(ep, text);
-    struct kind *k = kind_find(ep, hash);
-    if (!ep->cfg.on_log)
-        return;
-    if (k->logged == 0) {
-        *k = (struct kind){.hash = hash, .since = loop_now(ep->loop)};
-        if (!ep->kinds_timer.slot)
-            timer_set(ep->loop, &ep->kinds_timer, k->since + us(KIND_MS));
-    }
-    if (k->logged < KIND_LOGGED) {
-        k->logged++;
-        ep_log(ep, level, peer, text);
-        return;
-    }
-    k->more++;
-    k->level = level;
-    k->last = *peer;
-    snprintf(k->text, sizeof k->text, "%s", text);
-}
-
 static void conn_log(const dtls_conn *c, dtls_log level, const char *format, ...) PRINTF_LIKE(3, 4);
 static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, ...) PRINTF_LIKE(3, 4);
 
@@ -3331,7 +3334,7 @@ static bool time_is_past(const ASN1_TIME *t)
     return ASN1_TIME_cmp_time_t(t, time(NULL)) <= 0;
 }
 
-/* ==== 7. traffic ================================================================================================== */
+/* ==== 8. traffic ================================================================================================== */
 
 enum {
     QUIET_MS = 1000,     /* without traffic: libssl's record buffers, 33 KB, go back */
@@ -3624,7 +3627,7 @@ SSL *dtls_conn_ssl(const dtls_conn *c)
     return c->open ? c->open->ssl : NULL;
 }
 
-/* ==== 8. handshake ================================================================================================ */
+/* ==== 9. handshake ================================================================================================ */
 
 enum {
     CLAIM_GRACE_MS = 3000,  /* silence that makes a claim that the peer refuses us credible */
@@ -3694,6 +3697,7 @@ struct handshake {
     unsigned early;                        /* protected records that came before their keys */
     unsigned restarts, failures, refusals; /* refusals: certificates that we refused */
     struct claim claim;
+    bool long_chain;   /* the peer sent too many certificates */
     dtls_reason fault; /* why the last try failed, and in words */
     char fault_text[REASON_BYTES];
 };
@@ -3986,6 +3990,12 @@ static void hs_failed(struct association *a, int error)
         conn_end(c, DTLS_CLOSE_ERROR, "a hook of on_ssl_ctx asks to be called again, which is not possible here");
         return;
     }
+    if (a->handshake->long_chain) {
+        why = DTLS_CLOSE_VERIFY;
+        code = SSL_R_CERTIFICATE_VERIFY_FAILED;
+        snprintf(text, sizeof text, "certificate refused: too many in its chain");
+    }
+    a->handshake->long_chain = false;
     if (!offered && !hs_may_begin_anew(a, code)) {
         conn_end(c, why, "%s", text);
         return;
@@ -4333,9 +4343,12 @@ static void hs_accept(struct association *a, const struct record *hello)
     assoc_fire(a);
 }
 
-/* ==== 9. context ================================================================================================== */
+/* ==== 10. context ================================================================================================= */
 
-enum { ALPN_BYTES = 1024 };
+enum {
+    ALPN_BYTES = 1024,
+    BYTES_PER_CERTIFICATE = 1600 /* of a chain: five certificates in 8 KB */
+};
 
 static void config_default(int *field, int value)
 {
@@ -4588,6 +4601,25 @@ static int ctx_set_alpn(SSL_CTX *ctx, dtls_endpoint *ep, dtls_error *err)
     "sha512:"                                                                                                          \
     "rsa_pss_pss_sha256:rsa_pss_pss_sha384:rsa_pss_pss_sha512:RSA+SHA256:RSA+SHA384:RSA+SHA512"
 
+/* libssl decodes the keys of all certificates before it verifies any, at up to 0.8 ms each. It shows a message here before
+ * it looks into it. Where there are too many of them the length of the list is spoilt, so that it refuses the message; it
+ * offers no other way. The memory is its own buffer. */
+static void ctx_message(int outgoing, int version, int type, const void *bytes, size_t len, SSL *ssl, void *user)
+{
+    const uint8_t *p = bytes;
+    size_t at = HANDSHAKE_HEADER + 3, count = 0;
+    (void)version, (void)user;
+    if (outgoing || type != SSL3_RT_HANDSHAKE || len < at || p[0] != CERTIFICATE)
+        return;
+    struct association *a = assoc_of(ssl);
+    for (; at + 3 <= len; at += 3 + load24(p + at))
+        count++;
+    if (a->handshake && count > 1 && count > (size_t)a->ep->cfg.max_chain_bytes / BYTES_PER_CERTIFICATE) {
+        a->handshake->long_chain = true;
+        ((uint8_t *)(uintptr_t)p)[HANDSHAKE_HEADER] ^= 0xff;
+    }
+}
+
 /* What on_ssl_ctx may change later. */
 static int ctx_defaults(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
 {
@@ -4609,6 +4641,7 @@ static int ctx_defaults(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
     /* The chain comes from the file; building one for each handshake costs 8 % of it. */
     SSL_CTX_set_mode(ctx, SSL_MODE_NO_AUTO_CHAIN | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
     SSL_CTX_set_max_cert_list(ctx, cfg->max_chain_bytes);
+    SSL_CTX_set_msg_callback(ctx, ctx_message);
     SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, NULL);
     SSL_CTX_set_default_passwd_cb(ctx, ctx_no_password);
     /* Resumption with client certificates needs a context; a random one keeps sessions within this set of trust. */
@@ -4624,7 +4657,7 @@ static int ctx_defaults(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
     return 0;
 }
 
-/* ==== 10. endpoint ================================================================================================ */
+/* ==== 11. endpoint ================================================================================================ */
 
 enum {
     COOKIE_BYTES = 16,          /* keeps a HelloVerifyRequest (44 bytes) below any ClientHello */
@@ -5240,7 +5273,7 @@ dtls_endpoint *dtls_endpoint_new(dtls_loop *l, const dtls_config *config, dtls_e
     return ep;
 }
 
-/* ==== 11. program ================================================================================================= */
+/* ==== 12. program ================================================================================================= */
 
 #ifdef DTLS_MAIN
 

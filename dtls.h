@@ -232,7 +232,8 @@ typedef struct dtls_config {
     int socket_buffer_bytes; /* 1,048,576 asked for SO_RCVBUF and SO_SNDBUF, at least 18,432; the system may give less */
     int session_cache;       /* 4,096 sessions kept for resumption by a server, each with the peer's certificate; */
                              /* DTLS_NEVER: none */
-    int max_chain_bytes;     /* 8,192: of a peer's certificate with its intermediates, 512 to 65,536 */
+    int max_chain_bytes; /* 8,192: of a peer's certificate with its intermediates, 512 to 65,536; and one certificate */
+                         /* for each 1,600 bytes, unless on_ssl_ctx sets a message callback of its own */
 
     /* A transport of your own: takes one datagram, returns 0, or not 0 if it cannot take it now. Then this endpoint
      * opens no sockets; hand what arrives to dtls_endpoint_input(), but never from inside this call: queue it. */
