@@ -654,7 +654,8 @@ struct dtls_loop {
     struct job jobs; /* those that wait, in a ring */
     size_t jobs_len;
     int64_t share_us; /* what is left of this turn's */
-    bool working;     /* a job is running */
+    int64_t share_ends;
+    bool working; /* a job is running */
     struct signal_watch signals[SIGNALS_MAX];
     _Atomic(struct post *) posts;
     atomic_size_t posts_len;
@@ -800,9 +801,16 @@ static void job_run(dtls_loop *l, struct job *j)
 {
     int64_t began = loop_now(l);
     l->working = true;
+    l->share_ends = began + l->share_us;
     j->run(j);
     l->working = false;
     l->share_us -= loop_now(l) - began;
+}
+
+/* For a job with another piece to do: whether it may go on with it in this turn. */
+static bool job_may_go_on(const dtls_loop *l)
+{
+    return loop_now(l) < l->share_ends;
 }
 
 static void job_add(dtls_loop *l, struct job *j)
@@ -2244,7 +2252,8 @@ struct rule {
 struct phase {
     const struct rule *rules;                                         /* its deadlines, in the order of their rank */
     void (*input)(struct association *a, const uint8_t *p, size_t n); /* what to do with a datagram that arrives, */
-    void (*work)(struct association *a, const uint8_t *p, size_t n);  /* and with one that waited for its turn */
+    /* and with one that waited for its turn: does one piece of work, and returns how many bytes are done with. */
+    size_t (*work)(struct association *a, const uint8_t *p, size_t n);
 };
 
 /* What may still be done under an association's keys. */
@@ -2257,7 +2266,7 @@ struct key_use {
 /* A datagram that waits for its association's turn. */
 struct letter {
     struct letter *next;
-    size_t len;
+    size_t len, at; /* what stands before `at` is done with */
     uint8_t data[];
 };
 
@@ -2953,21 +2962,30 @@ static void assoc_rule(struct association *a)
     assoc_arm(a);
 }
 
-/* One piece of its work. What arrived comes before what is due: it may be what the deadline is about. */
+/* What arrived comes before what is due: it may be what the deadline is about. */
+static void assoc_piece(struct association *a)
+{
+    struct letter *letter = a->inbox;
+    if (!letter) {
+        a->due = false;
+        assoc_rule(a);
+        return;
+    }
+    letter->at += a->phase->work(a, letter->data + letter->at, letter->len - letter->at);
+    if (letter->at < letter->len && a->phase)
+        return;
+    a->inbox = letter->next;
+    a->inbox_last = a->inbox ? a->inbox_last : &a->inbox;
+    a->inbox_bytes -= letter->len;
+    free(letter);
+}
+
 static void assoc_work(struct job *job)
 {
     struct association *a = OWNER_OF(struct association, job, job);
-    struct letter *letter = a->inbox;
-    if (letter) {
-        a->inbox = letter->next;
-        a->inbox_last = a->inbox ? a->inbox_last : &a->inbox;
-        a->inbox_bytes -= letter->len;
-        a->phase->work(a, letter->data, letter->len);
-        free(letter);
-    } else {
-        a->due = false;
-        assoc_rule(a);
-    }
+    do
+        assoc_piece(a);
+    while (a->phase && (a->inbox || a->due) && job_may_go_on(a->ep->loop));
     if (a->phase && (a->inbox || a->due))
         job_add(a->ep->loop, &a->job);
 }
@@ -3497,7 +3515,13 @@ static void traffic_input(struct association *a, const uint8_t *p, size_t n)
         traffic_take(a, run, (size_t)(p - run));
 }
 
-static const struct phase traffic_phase = {traffic_rules, traffic_input, traffic_input};
+static size_t traffic_work(struct association *a, const uint8_t *p, size_t n)
+{
+    traffic_input(a, p, n);
+    return n;
+}
+
+static const struct phase traffic_phase = {traffic_rules, traffic_input, traffic_work};
 
 /* What the application does. */
 
@@ -4263,27 +4287,27 @@ static void hs_take(struct association *a, const struct record *r, bool keyed)
     a->wire.in = NULL;
 }
 
-/* A datagram that waited. Each record goes alone through the guard, since it may change the state that the next one is
- * checked against. */
-static void hs_work(struct association *a, const uint8_t *p, size_t n)
+/* A datagram that waited, up to the first record that gets to libssl. Each goes alone through the guard, since it may change
+ * the state that the next one is checked against. What follows when the connection has opened is for that. */
+static size_t hs_work(struct association *a, const uint8_t *p, size_t n)
 {
     struct record r;
-    for (; n > 0 && hs_under_way(a); p += r.size, n -= r.size) {
-        if (!record_parse(p, n, &r)) {
-            ep_count(a->ep, record_drop(p, n));
-            return; /* what follows cannot be found */
+    for (size_t at = 0; at < n && hs_under_way(a); at += r.size) {
+        if (!record_parse(p + at, n - at, &r)) {
+            ep_count(a->ep, record_drop(p + at, n - at));
+            return n; /* what follows cannot be found */
         }
         struct guard g = hs_guard(a);
         int verdict = guard_handshake(&g, &r);
-        if (verdict == GUARD_PASS)
+        if (verdict == GUARD_PASS) {
             hs_take(a, &r, g.keyed);
-        else
-            ep_count(a->ep, verdict == GUARD_CLAIM ? DTLS_DROP_ALERT : (dtls_drop)verdict);
+            return at + r.size;
+        }
+        ep_count(a->ep, verdict == GUARD_CLAIM ? DTLS_DROP_ALERT : (dtls_drop)verdict);
         if (verdict == GUARD_CLAIM)
             hs_claim(a, r.body[1], SSL_alert_desc_string_long(r.body[1]));
     }
-    if (!a->handshake) /* the rest is for the connection that just opened */
-        traffic_input(a, p, n);
+    return n;
 }
 
 /* A datagram that arrives. What the guard would not let through whatever else happens before its turn does not wait for

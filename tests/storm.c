@@ -4,6 +4,7 @@
  *   storm ADDR CERTS_DIR attack HOSTS [SECONDS] [ports=700] [rate=1000] [honest=5] [rtt=MS]
  *   storm ADDR CERTS_DIR forged RATE [SECONDS] [honest=5] [rtt=MS]
  *   storm ADDR CERTS_DIR echo CLIENTS [SECONDS]
+ *   storm ADDR CERTS_DIR walk CLIENTS [SECONDS]
  *
  * ADDR is on IPv4 loopback, as in 127.0.0.1:4444. The clients are libssl's own, with its timers (1, 2, 4 s ...); each
  * has a socket of its own and one try, and stays until the end. SECONDS are 14 if nothing is said.
@@ -16,12 +17,14 @@
  * forged  The same beside RATE ClientHellos in a second without cookies, from addresses that read no answers.
  * echo    One client's echoes, one in ECHO_US: for SECONDS alone, then as long beside CLIENTS that handshake, close and
  *         begin anew, in a process of less priority, so that their work delays no measuring.
+ * walk    The same beside CLIENTS that are connected and silent, but that one of them says "bc x" and "stats" in turn,
+ *         COMMAND_US apart.
  *
  * Prints a line for each result, all times in ms; what follows the first comma is missing where N is 0:
  *   connected N of ALL, median MS, 99th MS, slowest MS       beside a flood for each round trip: rtt MS: connected ...
  *   alone N of ALL, median MS, 99th MS, slowest MS           answers to echoes; the same for "beside"
  *   flood N, N with a cookie, in S s
- *   handshakes N, N in a second
+ *   handshakes N, N in a second                              and of "walk": commands N beside N clients
  *   failed N, the last one: WHY                              if any client ended before its time
  *
  * Exit status 0: it could measure, whatever it measured; 1: it could not; 2: other words than these. */
@@ -43,7 +46,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { DATAGRAM_MAX = 65536, HELLO_MAX = 1024, COOKIE_MAX = 64, CLIENTS_MAX = 4096, AMOUNT_MAX = 100000 };
+enum { DATAGRAM_MAX = 65536, HELLO_MAX = 1024, COOKIE_MAX = 64, CLIENTS_MAX = 16384, AMOUNT_MAX = 100000 };
 enum { VALUES_MAX = 100000, RTTS = 3, EVENTS = 256, PORTS_MAX = 20000, NICE = 10, FORGED_PORTS = 2000, ECHO_US = 2000 };
 enum {
     MTU = 1472, /* a UDP payload on an Ethernet link: with loopback's own the flights would be unlike any network's */
@@ -52,7 +55,9 @@ enum {
     STAGGER_US = 37000,   /* between honest clients, so that no single moment decides about all of them */
     BURST_US = 20000,     /* a flood that was held up catches up with no more than this */
     FLOOD_WAIT_US = 1000, /* a flood's own clock */
-    LATE_US = 2000000     /* an echo that takes longer is lost */
+    LATE_US = 2000000,    /* an echo that takes longer is lost */
+    COMMAND_US = 100000,
+    BATCH = 250 /* clients that handshake at once where it is not their handshakes that are measured */
 };
 
 /* Where things are in a ClientHello without a session id, and the cookie's length in a HelloVerifyRequest. */
@@ -512,15 +517,42 @@ static void echo_for_seconds(const char *what)
 }
 
 /* The child: handshakes all the time. */
-static _Noreturn void handshake_for_seconds(int report)
+/* In a child: of less priority, and without the client that echoes; its SSL is the parent's, who goes on with it. */
+static void be_the_crowd(void)
 {
-    int64_t until = in_seconds(seconds);
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     setpriority(PRIO_PROCESS, 0, NICE);
-    close(clients->fd); /* its SSL is the parent's, who goes on with it */
+    close(clients->fd);
     epoll_fd = epoll_create1(0);
+    settled = clients_len = 0;
+}
+
+static void command_for_seconds(int report)
+{
+    static const char *const commands[] = {"bc x", "stats"};
+    int sent = 0;
+    be_the_crowd();
+    for (int64_t until = in_seconds(600); settled < amount && now_us() < until; turn(now_us() + FLOOD_WAIT_US))
+        while (clients_len < amount && clients_len - settled < BATCH)
+            client_open(&clients[clients_len++], 0);
+    must(settled == amount && failures == 0 && write(report, &settled, sizeof settled) == sizeof settled,
+         "storm: the clients that stay");
+    int64_t next = 0, until = in_seconds(seconds);
+    for (int64_t now; (now = now_us()) < until; turn(next)) {
+        if (now >= next) {
+            const char *command = commands[sent++ % 2];
+            must(SSL_write(clients->ssl, command, (int)strlen(command)) > 0, "storm: SSL_write");
+            next = now + COMMAND_US;
+        }
+    }
+    _exit(write(report, &sent, sizeof sent) != sizeof sent);
+}
+
+static void handshake_for_seconds(int report)
+{
+    int64_t until = in_seconds(seconds);
+    be_the_crowd();
     again = true;
-    settled = 0;
     for (int i = 0; i < amount; i++)
         client_open(&clients[i], 0);
     clients_len = amount;
@@ -530,9 +562,10 @@ static _Noreturn void handshake_for_seconds(int report)
     _exit(write(report, &settled, sizeof settled) != sizeof settled);
 }
 
-static void run_echo(void)
+/* Alone, then beside a child; it says when it is ready, if it has to be, and at its end a number. */
+static int echo_beside(void (*crowd)(int report), bool waits)
 {
-    int ends[2], handshakes = 0;
+    int ends[2], ready = 0, number = 0;
     client_open(clients, ECHOING);
     clients_len = 1;
     until_settled();
@@ -540,13 +573,26 @@ static void run_echo(void)
     echo_for_seconds("alone");
     pid_t child = fork();
     if (child == 0)
-        handshake_for_seconds(ends[1]);
+        crowd(ends[1]);
     close(ends[1]); /* so that the end of a child that fails is the end of the pipe */
+    must(!waits || read(ends[0], &ready, sizeof ready) == sizeof ready,
+         "storm: the clients beside the one that echoes");
     echo_for_seconds("beside");
-    must(child > 0 && read(ends[0], &handshakes, sizeof handshakes) == sizeof handshakes &&
-             waitpid(child, NULL, 0) == child,
-         "storm: the clients that handshake");
+    must(child > 0 && read(ends[0], &number, sizeof number) == sizeof number && waitpid(child, NULL, 0) == child,
+         "storm: the clients beside the one that echoes");
+    return number;
+}
+
+static void run_echo(void)
+{
+    int handshakes = echo_beside(handshake_for_seconds, false);
     printf("handshakes %d, %d in a second\n", handshakes, handshakes / seconds);
+}
+
+static void run_walk(void)
+{
+    int sent = echo_beside(command_for_seconds, true);
+    printf("commands %d beside %d clients\n", sent, amount);
 }
 
 static bool option(const char *word)
@@ -578,6 +624,7 @@ static void (*chosen(const char *name))(void)
            : strcmp(name, "attack") == 0 ? run_attack
            : strcmp(name, "forged") == 0 ? run_forged
            : strcmp(name, "echo") == 0   ? run_echo
+           : strcmp(name, "walk") == 0   ? run_walk
                                          : NULL;
 }
 
