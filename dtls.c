@@ -3662,7 +3662,7 @@ enum {
     FAILURES_MAX = 5,       /* after so many a client begins anew, */
     FAILURES_REFUSED = 2,   /* after the peer's alerts, */
     FAILURES_VERIFY = 1,    /* and after certificates that it refused itself */
-    UNPROVEN_RESENDS = 4,   /* of a server's first flight, to a client that may be somebody else's invention */
+    UNPROVEN_RESENDS = 3,   /* of a server's first flight, to a client that may be somebody else's invention */
     NO_ALERT = -1
 };
 

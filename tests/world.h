@@ -35,6 +35,7 @@ struct side {
     const char *ciphers;
     int trusting; /* it switches verification off */
     uint64_t options, no_option;
+    int (*hook)(SSL_CTX *ctx); /* after all these; not 0: gives up */
 };
 
 static dtls_loop *loop;
@@ -142,7 +143,8 @@ static inline int with_identity(void *user, SSL_CTX *ctx)
         SSL_CTX_set_verify(ctx, SSL_VERIFY_NONE, NULL);
     SSL_CTX_set_options(ctx, s->options);
     SSL_CTX_clear_options(ctx, s->no_option);
-    return on_ssl_ctx((void *)(uintptr_t)id, ctx) || (s->ciphers && SSL_CTX_set_cipher_list(ctx, s->ciphers) != 1);
+    return on_ssl_ctx((void *)(uintptr_t)id, ctx) || (s->ciphers && SSL_CTX_set_cipher_list(ctx, s->ciphers) != 1) ||
+           (s->hook && s->hook(ctx) != 0);
 }
 #else
 static const dtls_loop_config world_clock; /* the system's */
