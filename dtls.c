@@ -3805,7 +3805,10 @@ static bool hs_offer(SSL *ssl, SSL_SESSION *session)
 {
     unsigned len;
     const uint8_t *context = SSL_SESSION_get0_id_context(session, &len);
-    return SSL_set_session_id_context(ssl, context, len) == 1 && SSL_set_session(ssl, session) == 1;
+    SSL_SESSION *copy = SSL_SESSION_dup(session); /* libssl marks it as spoilt if this handshake fails */
+    bool good = copy && SSL_set_session_id_context(ssl, context, len) == 1 && SSL_set_session(ssl, copy) == 1;
+    SSL_SESSION_free(copy);
+    return good;
 }
 
 /* The SSL of a client's first try, or one more. */
@@ -4184,8 +4187,10 @@ static int64_t hs_retransmit_at(const struct association *a)
     struct timeval left;
     if (hs_is_owed_nothing(a) || a->handshake->state == HS_FAILED || !DTLSv1_get_timeout(a->ssl, &left))
         return INT64_MAX;
-    return loop_now(a->ep->loop) +
-           earlier(left.tv_sec * (int64_t)1000000 + left.tv_usec, us(a->ep->cfg.retransmit_max_ms));
+    int64_t left_us = left.tv_sec * (int64_t)1000000 + left.tv_usec;
+    if (left_us == 0)
+        return INT64_MIN; /* and not now, which is later with each look at the clock */
+    return loop_now(a->ep->loop) + earlier(left_us, us(a->ep->cfg.retransmit_max_ms));
 }
 
 static void hs_retransmit(struct association *a, int64_t now)

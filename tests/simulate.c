@@ -1,6 +1,8 @@
 /* Whole worlds in one process, from a seed: a server, several clients, and a network that loses, doubles, delays,
  * reorders, damages and cuts off; clients that vanish and come back on the same port, or on one that another client had;
- * a server that restarts. Time is virtual, for libssl as well, and so are chance and the certificates: a seed repeats its
+ * a server that restarts. In some worlds a mean host starts handshakes and leaves them, there are few places for
+ * handshakes, each look at the clock takes time, so that the turn's share for handshakes is used up, or somebody puts a
+ * Certificate that he saw ahead of what belongs to a resumed handshake. Time is virtual, for libssl as well, and so are chance and the certificates: a seed repeats its
  * world.
  *
  *   simulate WORLDS [FIRST_SEED [LOSS_PERCENT]]    on all cores
@@ -23,6 +25,9 @@ enum {
     CLIENTS_MAX = 8,
     FLYING_MAX = 4096,
     MESSAGES_MAX = 64,
+    MEAN_MAX = 12, /* handshakes that the mean host has left */
+    MEAN_MS = 150,
+    FORGED_MAX = 600, /* bytes of a Certificate that somebody saw */
     SERVER_PORT = 4433,
     CLIENT_PORT = 20000,
     LIFE_MS = 60000,    /* clients come and go for so long, */
@@ -60,10 +65,12 @@ struct client {
     int64_t connecting_at;
     int64_t answered_at; /* the last echo */
     int open, sent;
+    int offered;                      /* a session that the server must still have */
     int trouble;                      /* since connecting, a cut or a side's end could have hurt */
     int damaged;                      /* since connecting, so many damaged datagrams arrived at either end */
     unsigned char seen[MESSAGES_MAX]; /* echoes that came back in this life */
     SSL_SESSION *session;
+    long server; /* which of the servers, by restarts, made the session */
     dtls_timer *timer;
 };
 
@@ -88,6 +95,14 @@ struct world {
     int muted; /* the server's process is gone: what it sends is lost */
     int healed, ending;
     unsigned serving;
+    int max_handshakes, forging;
+    int64_t look_us; /* what each look at the clock takes */
+    dtls_endpoint *mean;
+    dtls_conn *left[MEAN_MAX];
+    int mean_port;
+    dtls_timer *mean_timer;
+    unsigned char forged[2][FORGED_MAX]; /* a Certificate to a client, and one to the server */
+    size_t forged_len[2];
 };
 
 /* What the worlds of one process saw, summed over processes at the end. */
@@ -190,11 +205,35 @@ static struct client *client_at(const dtls_addr *addr)
     return NULL;
 }
 
+/* What a mean host gets: cookies, nothing else. */
+static int is_for_mean(const struct datagram *d)
+{
+    return d->to.ip[1] == 66 && d->data[13] != 3;
+}
+
+/* In front of what belongs to a resumed handshake comes a Certificate from the same address. */
+static void forge(const struct datagram *d, int to_server)
+{
+    const struct client *c = client_at(to_server ? &d->from : &d->to);
+    if (d->data[0] == 22 && d->len > 13 && d->data[13] == 11 && d->len <= FORGED_MAX && !d->damaged) {
+        memcpy(w->forged[to_server], d->data, d->len);
+        w->forged_len[to_server] = d->len;
+    }
+    if (w->forging && c && c->offered && !c->trouble && !c->open && w->forged_len[to_server])
+        dtls_endpoint_input(to_server ? w->server : w->clients_ep, w->forged[to_server], w->forged_len[to_server],
+                            &d->from, &d->to);
+}
+
 static void arrive(struct datagram *d)
 {
     int to_server = d->to.port == SERVER_PORT;
-    client_at(to_server ? &d->from : &d->to)->damaged += d->damaged;
-    dtls_endpoint_input(to_server ? w->server : w->clients_ep, d->data, d->len, &d->from, &d->to);
+    struct client *c = client_at(to_server ? &d->from : &d->to);
+    if (c) {
+        c->damaged += d->damaged;
+        forge(d, to_server);
+    }
+    if (!is_for_mean(d))
+        dtls_endpoint_input(to_server ? w->server : c ? w->clients_ep : w->mean, d->data, d->len, &d->from, &d->to);
 }
 
 static void datagram_free(struct datagram *d)
@@ -299,7 +338,9 @@ static dtls_endpoint *endpoint(struct identity *id, dtls_config cfg)
 
 static void server_start(void)
 {
-    w->server = endpoint(&server_id, (dtls_config){.on_event = server_event, .idle_timeout_ms = 20000});
+    w->server = endpoint(
+        &server_id,
+        (dtls_config){.on_event = server_event, .idle_timeout_ms = 20000, .max_handshakes = w->max_handshakes});
     dtls_endpoint_listen(w->server, NULL, NULL);
 }
 
@@ -333,6 +374,7 @@ static void client_connect(struct client *c)
     c->connecting_at = now_us;
     c->trouble = now_us < w->cut_until;
     c->open = c->sent = c->damaged = 0;
+    c->offered = t.session && c->server == sum.restarts;
     c->life++;
     memset(c->seen, 0, sizeof c->seen);
     c->conn = dtls_endpoint_connect(w->clients_ep, &t, &err);
@@ -385,12 +427,15 @@ static void client_connected(struct client *c)
     dtls_conn_info(c->conn, &info);
     int64_t slot = (now_us - c->connecting_at) / 1000 / HISTOGRAM_MS;
     c->open = 1;
+    if (c->offered && !c->trouble && !c->damaged && !info.resumed)
+        broken("client %u offered a session that the server has, and did not resume it", client_number(c));
     sum.associations++;
     sum.resumed += info.resumed;
     if (!c->trouble)
         (info.resumed ? sum.resumed_times : sum.full_times)[slot < HISTOGRAM_MAX ? slot : HISTOGRAM_MAX - 1]++;
     SSL_SESSION_free(c->session);
     c->session = dtls_conn_session(c->conn);
+    c->server = c->trouble ? -1 : sum.restarts;
 }
 
 /* Which handshakes may fail: those that met trouble, those that damage spoilt too often, and under heavy loss those that
@@ -428,7 +473,39 @@ static void client_event(dtls_conn *conn, dtls_event event, const void *data, si
     }
 }
 
+/* ---- the mean host ---- */
+
+/* Always as many as it can, each from a port of its own, none of which says more than its ClientHello. */
+static void mean_turn(void *user)
+{
+    dtls_target t = {.peer = {.ip = {10, 0, 0, 1}, .port = SERVER_PORT, .family = 4}, .name = "localhost"};
+    (void)user;
+    if (w->healed)
+        return;
+    t.local = (dtls_addr){.ip = {10, 66, 0, 1}, .port = (uint16_t)(1024 + w->mean_port), .family = 4};
+    dtls_conn **left = &w->left[w->mean_port++ % MEAN_MAX];
+    t.user = left;
+    if (*left)
+        dtls_conn_close(*left);
+    *left = dtls_endpoint_connect(w->mean, &t, NULL);
+    dtls_timer_set(w->mean_timer, MEAN_MS);
+}
+
+static void mean_event(dtls_conn *conn, dtls_event event, const void *data, size_t len)
+{
+    (void)data, (void)len;
+    dtls_conn **left = dtls_conn_user(conn);
+    if (event == DTLS_EV_CLOSED && *left == conn)
+        *left = NULL;
+}
+
 /* ---- worlds ---- */
+
+static int64_t slow_clock(void *user)
+{
+    (void)user;
+    return now_us += w->look_us;
+}
 
 static void advance(int64_t until)
 {
@@ -441,7 +518,8 @@ static void advance(int64_t until)
         turns = next > now_us ? 0 : turns + 1;
         if (turns > SPIN_MAX)
             broken("the loop spins");
-        now_us = next < until ? next : until;
+        next = next < until ? next : until;
+        now_us = next > now_us ? next : now_us;
         while (w->flying_len && w->flying[1]->at <= now_us) {
             struct datagram *d = land();
             arrive(d);
@@ -468,9 +546,17 @@ static void world_begin(int loss)
     w->cut = (int)dice(3);
     w->leave = 2 + (int)dice(25);
     w->clients_len = 1 + (int)dice(CLIENTS_MAX);
-    w->loop = dtls_loop_new(&(dtls_loop_config){.now_us = virtual_now});
+    w->max_handshakes = percent(30) ? 4 + (int)dice(5) : 0;
+    w->look_us = percent(20) ? 20 + dice(200) : 0;
+    w->forging = percent(30);
+    w->loop = dtls_loop_new(&(dtls_loop_config){.now_us = slow_clock});
     server_start();
     w->clients_ep = endpoint(&client_id, (dtls_config){.on_event = client_event, .idle_timeout_ms = 15000});
+    if (w->max_handshakes) {
+        w->mean = endpoint(&client_id, (dtls_config){.on_event = mean_event});
+        w->mean_timer = dtls_timer_new(w->loop, mean_turn, NULL);
+        dtls_timer_set(w->mean_timer, 1000);
+    }
     for (int i = 0; i < w->clients_len; i++) {
         struct client *c = &w->clients[i];
         c->addr = (dtls_addr){.ip = {10, 0, 0, 2}, .port = (uint16_t)(CLIENT_PORT + i), .family = 4};
@@ -512,6 +598,7 @@ static void world_end(void)
     for (int i = 0; i < w->clients_len; i++)
         if (w->clients[i].conn)
             client_leave(&w->clients[i]);
+    dtls_endpoint_free(w->mean);
     advance(now_us + EMPTY_MS * (int64_t)1000);
     empty(w->server, "server");
     empty(w->clients_ep, "client");

@@ -27,7 +27,7 @@ int gettimeofday(struct timeval *restrict tv, void *restrict zone)
     return 0;
 }
 
-static int64_t virtual_now(void *user)
+static inline int64_t virtual_now(void *user)
 {
     (void)user;
     return now_us;
