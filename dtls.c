@@ -2467,10 +2467,12 @@ static struct source *source_of(dtls_endpoint *ep, const dtls_addr *a)
 static void source_link(struct association *a)
 {
     struct source *s = a->source;
-    a->source_prev = s->last[a->shown];
-    a->source_next = NULL;
+    struct association *first = s->first[a->shown];
+    bool oldest = first && a->used_at < first->used_at;
+    a->source_prev = oldest ? NULL : s->last[a->shown];
+    a->source_next = oldest ? first : NULL;
     *(a->source_prev ? &a->source_prev->source_next : &s->first[a->shown]) = a;
-    s->last[a->shown] = a;
+    *(a->source_next ? &a->source_next->source_prev : &s->last[a->shown]) = a;
 }
 
 static void source_unlink(struct association *a)
@@ -4110,7 +4112,8 @@ static int64_t hs_begin_at(const struct association *a)
 
 static void hs_begin(struct association *a, int64_t now)
 {
-    a->used_at = now;
+    if (a->used_at == a->conn->started) /* its time begins when it is answered */
+        a->used_at = now;
     hs_become(a, HS_FLIGHTS);
     hs_drive(a);
 }
@@ -4791,6 +4794,7 @@ static bool ep_admit(struct association *a, const struct record *hello, struct a
     dtls_endpoint *ep = a->ep;
     struct source *s = source_of(ep, &a->peer);
     bool replaces = old && !old->handshake;
+    int64_t since = old && old->handshake ? old->used_at : INT64_MAX;
     if (!s)
         return false;
     s->refs++; /* it must not go with the last of its handshakes while we look */
@@ -4800,6 +4804,7 @@ static bool ep_admit(struct association *a, const struct record *hello, struct a
     dtls_conn *c = good ? conn_new(a, true) : NULL;
     good = c && hs_new(a);
     if (good) {
+        a->used_at = earlier(a->used_at, since); /* who begins again and again gets no time for it */
         source_join(a, s);
         conn_list(c);
     } else if (c) {

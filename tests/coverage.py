@@ -53,6 +53,7 @@ def programs(certs):
     yield make("unit", "tests/unit.c", libs=LIBEDIT)._replace(sources=["tests/unit.c"])
     yield make("edges", "tests/edges.c")
     yield make("odd", "tests/odd.c")
+    yield make("standards", "tests/standards.c")
     yield make("keyholder", "tests/keyholder.c", command=[str(BUILD / "keyholder/program")])
     yield make("memory", "tests/memory.c")
     yield make("loops", "tests/loops.c")

@@ -2,7 +2,7 @@
 # What whoever drops the two files into a project relies on: they compile as they are, without a warning whatever the
 # optimization, and work with it; the names they export are their own, the library neither prints nor exits nor needs the
 # program's line editor, and the header suits C and C++. And what those rely on who read dtls.c: that its parts are what its
-# head says. Prints the size, too. CERTS_DIR has certificates.
+# head says, and that the table of what the standards ask is complete. Prints the size, too. CERTS_DIR has certificates.
 set -u
 cc=${CC:-cc}
 cxx=${CXX:-c++}
@@ -83,3 +83,4 @@ else
     echo 'skip - header alone is C++17: no C++ compiler'
 fi
 python3 tests/structure.py
+python3 tests/conformance.py

@@ -801,6 +801,151 @@ static void test_table(void)
     dtls_loop_free(l); /* ends the others */
 }
 
+/* Two endpoints that speak to each other, and what the keys of their association are good for. */
+
+enum { MAIL = 32, AT_SERVER = 0, AT_CLIENT = 1 };
+
+static struct mail {
+    uint8_t data[2048];
+    size_t len;
+    int to;
+} mail[MAIL];
+static int mail_len;
+
+struct end {
+    dtls_endpoint *ep;
+    dtls_conn *conn;
+    dtls_addr addr;
+    int messages, closed;
+    dtls_reason reason;
+};
+static struct end ends[2];
+
+static int mail_send(void *user, const void *data, size_t len, const dtls_addr *from, const dtls_addr *to)
+{
+    (void)from, (void)to;
+    if (mail_len == MAIL || len > sizeof mail->data)
+        return -1;
+    mail[mail_len].to = user == &ends[AT_SERVER] ? AT_CLIENT : AT_SERVER;
+    mail[mail_len].len = len;
+    memcpy(mail[mail_len++].data, data, len);
+    return 0;
+}
+
+static void mail_event(dtls_conn *conn, dtls_event event, const void *data, size_t len)
+{
+    struct end *e = dtls_endpoint_user(dtls_conn_endpoint(conn));
+    (void)data, (void)len;
+    e->conn = event == DTLS_EV_CLOSED ? NULL : conn;
+    e->messages += event == DTLS_EV_MESSAGE;
+    if (event == DTLS_EV_CLOSED) {
+        e->closed++;
+        e->reason = dtls_conn_reason(conn);
+    }
+}
+
+static void mail_deliver(dtls_loop *l)
+{
+    for (int turns = 0; turns < 30; turns++) {
+        for (int n = mail_len; n > 0; n--) {
+            struct mail m = mail[0];
+            memmove(mail, mail + 1, (size_t)--mail_len * sizeof *mail);
+            dtls_endpoint_input(ends[m.to].ep, m.data, m.len, &ends[!m.to].addr, &ends[m.to].addr);
+        }
+        dtls_loop_poll(l, 0);
+    }
+}
+
+static dtls_loop *mail_connect(void)
+{
+    dtls_loop *l = dtls_loop_new(NULL);
+    memset(ends, 0, sizeof ends);
+    mail_len = 0;
+    for (int i = 0; i < 2; i++) {
+        char cert[512], key[512], ca[512];
+        dtls_config cfg = {
+            .cert_file = cert, .key_file = key, .ca_file = ca, .send = mail_send, .on_event = mail_event};
+        const char *name = i == AT_SERVER ? "server" : "client";
+        snprintf(cert, sizeof cert, "%s/%s.pem", certs, name);
+        snprintf(key, sizeof key, "%s/%s.key", certs, name);
+        snprintf(ca, sizeof ca, "%s/ca.pem", certs);
+        cfg.user = &ends[i];
+        dtls_addr_parse(&ends[i].addr, i == AT_SERVER ? "192.0.2.1:1" : "192.0.2.2:2", NULL);
+        ends[i].ep = dtls_endpoint_new(l, &cfg, NULL);
+        REQUIRE(ends[i].ep, "an endpoint");
+    }
+    dtls_endpoint_listen(ends[AT_SERVER].ep, NULL, NULL);
+    dtls_target t = {.peer = ends[AT_SERVER].addr, .local = ends[AT_CLIENT].addr, .name = "localhost"};
+    dtls_endpoint_connect(ends[AT_CLIENT].ep, &t, NULL);
+    mail_deliver(l);
+    REQUIRE(ends[0].conn && ends[1].conn, "a connection");
+    return l;
+}
+
+/* The client sends the message that the keys have just room for, and the next one. */
+static void check_last_message(bool receiving)
+{
+    const struct end *spent = &ends[receiving ? AT_SERVER : AT_CLIENT];
+    dtls_loop *l = mail_connect();
+    struct key_use *keys = &spent->conn->open->keys;
+    CHECK(keys->by_bytes && keys->out > 1ull << 37 && keys->in > 1ull << 37 && keys->forged == 1ull << 36);
+    *(receiving ? &keys->in : &keys->out) = 2 * (5 + KEY_RECORD_COST) - 1;
+    CHECK(dtls_conn_send(ends[AT_CLIENT].conn, "first", 5) == 0);
+    mail_deliver(l);
+    CHECK(ends[AT_SERVER].messages == 1 && !spent->closed);
+    CHECK(dtls_conn_send(ends[AT_CLIENT].conn, "other", 5) == (receiving ? 0 : DTLS_ERR_TLS));
+    mail_deliver(l);
+    CHECK(ends[AT_SERVER].messages == 1 && spent->closed == 1 && spent->reason == DTLS_CLOSE_KEYS);
+    CHECK(ends[receiving ? AT_CLIENT : AT_SERVER].closed == 1);
+    dtls_loop_free(l);
+}
+
+static void check_forgeries(void)
+{
+    uint8_t forged[RECORD_HEADER + 40] = {23, 0xfe, 0xfd, 0, 1, 0, 0, 0, 0, 9, 9, 0, 40};
+    dtls_loop *l = mail_connect();
+    struct end *e = &ends[AT_SERVER];
+    e->conn->open->keys.forged = 2;
+    CHECK(dtls_conn_send(ends[AT_CLIENT].conn, "good", 4) == 0);
+    mail_deliver(l);
+    CHECK(e->messages == 1 && e->conn->open->keys.forged == 2);
+    for (int i = 0; i < 2; i++) {
+        CHECK(e->closed == 0);
+        dtls_endpoint_input(e->ep, forged, sizeof forged, &ends[AT_CLIENT].addr, &e->addr);
+    }
+    CHECK(e->closed == 1 && e->reason == DTLS_CLOSE_KEYS);
+    mail_deliver(l);
+    CHECK(ends[AT_CLIENT].closed == 1);
+    dtls_loop_free(l);
+}
+
+/* RFC 9325 section 4.4; the numbers are those of RFC 9147 section 4.5.3 and of RFC 9325. */
+static void test_key_limits(void)
+{
+    static const struct {
+        unsigned id;
+        bool by_bytes;
+        uint64_t both, forged;
+    } suites[] = {{0xc02b, true, 1ull << 38, 1ull << 36},
+                  {0xc030, true, 1ull << 38, 1ull << 36},
+                  {0xcca9, false, 1ull << 47, 1ull << 36},
+                  {0xc0ac, false, 1ull << 23, 1ull << 23}};
+    dtls_loop *l = dtls_loop_new(NULL);
+    dtls_endpoint *ep = make_endpoint(l, (dtls_config){.send = fake_send});
+    SSL *ssl = SSL_new(ep->ctx);
+    for (size_t i = 0; i < sizeof suites / sizeof *suites; i++) {
+        const uint8_t id[2] = {(uint8_t)(suites[i].id >> 8), (uint8_t)suites[i].id};
+        struct key_use use = hs_key_use(SSL_CIPHER_find(ssl, id));
+        CHECK(use.by_bytes == suites[i].by_bytes && use.out == suites[i].both && use.in == suites[i].both &&
+              use.forged == suites[i].forged);
+    }
+    SSL_free(ssl);
+    dtls_loop_free(l);
+    check_last_message(false);
+    check_last_message(true);
+    check_forgeries();
+}
+
 /* Sockets alone, without an endpoint: what arrives, what fails and what is counted goes to whom they serve. */
 
 struct heard {
@@ -1078,6 +1223,7 @@ int main(int argc, char **argv)
         {"guard, handshake messages", test_guard_messages},
         {"cookies", test_cookies},
         {"connection table", test_table},
+        {"key limits", test_key_limits},
         {"sockets alone", test_sockets},
         {"send queue", test_backlog},
         {"configuration", test_config},
