@@ -4331,7 +4331,8 @@ static void hs_input(struct association *a, const uint8_t *p, size_t n)
         return;
     }
     for (size_t at = 0; at < n && record_parse(p + at, n - at, &r); at += r.size) {
-        if (guard_handshake(&g, &r) == GUARD_PASS) {
+        int verdict = guard_handshake(&g, &r);
+        if (verdict == GUARD_PASS || (verdict == GUARD_CLAIM && a->inbox)) { /* a claim is about what came before it */
             assoc_post(a, p, n);
             return;
         }

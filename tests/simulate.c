@@ -219,7 +219,7 @@ static void forge(const struct datagram *d, int to_server)
         memcpy(w->forged[to_server], d->data, d->len);
         w->forged_len[to_server] = d->len;
     }
-    if (w->forging && c && c->offered && !c->trouble && !c->open && w->forged_len[to_server])
+    if (w->forging && c && c->offered && !c->trouble && !c->damaged && !c->open && w->forged_len[to_server])
         dtls_endpoint_input(to_server ? w->server : w->clients_ep, w->forged[to_server], w->forged_len[to_server],
                             &d->from, &d->to);
 }
