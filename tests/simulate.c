@@ -60,6 +60,7 @@ struct message {
 
 struct client {
     dtls_addr addr;
+    int given_up; /* the last handshake at this address was, and the server's answers to it may still come */
     dtls_conn *conn;
     uint32_t life; /* counts connections */
     int64_t connecting_at;
@@ -374,7 +375,7 @@ static void client_connect(struct client *c)
     c->connecting_at = now_us;
     c->trouble = now_us < w->cut_until;
     c->open = c->sent = c->damaged = 0;
-    c->offered = t.session && c->server == sum.restarts;
+    c->offered = t.session && c->server == sum.restarts && !c->given_up;
     c->life++;
     memset(c->seen, 0, sizeof c->seen);
     c->conn = dtls_endpoint_connect(w->clients_ep, &t, &err);
@@ -393,8 +394,11 @@ static void client_leave(struct client *c)
     w->cut_until = cut;
     if (!other->conn && percent(20)) {
         dtls_addr addr = c->addr;
+        int given_up = c->given_up;
         c->addr = other->addr;
+        c->given_up = other->given_up;
         other->addr = addr;
+        other->given_up = given_up;
     }
 }
 
@@ -467,6 +471,7 @@ static void client_event(dtls_conn *conn, dtls_event event, const void *data, si
         c->answered_at = now_us;
     } else if (event == DTLS_EV_CLOSED) {
         dtls_reason reason = dtls_conn_reason(conn);
+        c->given_up = !c->open;
         c->conn = NULL;
         if (reason != DTLS_CLOSE_LOCAL && !c->open)
             client_failed(c, reason, dtls_conn_reason_text(conn));
