@@ -7,7 +7,7 @@ DESTDIR =
 
 # Not CPPFLAGS: bmake puts -nostdinc there when DESTDIR is set.
 # Asked for when a recipe runs, each library on its own: some systems have pkg-config files for one of them only.
-LIBSSL = $$(pkg-config --cflags --libs openssl 2>/dev/null || echo -lssl -lcrypto)
+LIBSSL = -pthread $$(pkg-config --cflags --libs openssl 2>/dev/null || echo -lssl -lcrypto)
 LIBSSL_CFLAGS = $$(pkg-config --cflags openssl 2>/dev/null)
 LIBEDIT = $$(pkg-config --cflags --libs libedit 2>/dev/null || echo -ledit)
 

@@ -53,8 +53,10 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <net/if.h>
+#include <netdb.h>
 #include <netinet/in.h>
 #include <arpa/inet.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -137,6 +139,15 @@ static int fd_socket(int family)
 #endif
 }
 
+static int fd_pipe(int fd[2])
+{
+#ifdef __APPLE__
+    return pipe(fd) < 0 || fcntl(fd[0], F_SETFD, FD_CLOEXEC) < 0 || fcntl(fd[1], F_SETFD, FD_CLOEXEC) < 0 ? -1 : 0;
+#else
+    return pipe2(fd, O_CLOEXEC);
+#endif
+}
+
 /* Anybody can forge the ICMP message that says a path takes only small datagrams. Linux would believe it, and split what
  * we send; so it is told to leave the path's MTU alone. Elsewhere UDP does that anyway. */
 static void fd_ignore_path_mtu(int fd, bool four)
@@ -147,6 +158,20 @@ static void fd_ignore_path_mtu(int fd, bool four)
 #else
     (void)fd, (void)four;
 #endif
+}
+
+/* What the system thinks a connected socket's path carries, headers included; 0: it does not tell. */
+static int fd_path_mtu(int fd, bool four)
+{
+    int mtu = 0;
+#if defined(IP_MTU) && defined(IPV6_MTU)
+    socklen_t len = sizeof mtu;
+    if (getsockopt(fd, four ? IPPROTO_IP : IPPROTO_IPV6, four ? IP_MTU : IPV6_MTU, &mtu, &len) < 0)
+        return 0;
+#else
+    (void)fd, (void)four;
+#endif
+    return mtu;
 }
 
 /* UDP: how a wildcard socket tells and chooses its local IPv4 address. */
@@ -350,6 +375,16 @@ static socklen_t addr_to_sockaddr(const dtls_addr *a, struct sockaddr_storage *s
     memcpy(&in6.sin6_addr, a->ip, 16);
     memcpy(ss, &in6, sizeof in6);
     return sizeof in6;
+}
+
+size_t dtls_addr_to_sockaddr(const dtls_addr *a, struct sockaddr *sa, size_t size)
+{
+    struct sockaddr_storage ss;
+    socklen_t len = a->family == 4 || a->family == 6 ? addr_to_sockaddr(a, &ss) : 0;
+    if (len > size)
+        return 0;
+    memcpy(sa, &ss, len);
+    return len;
 }
 
 static int addr_parse_number(const char *text, uint32_t max, uint32_t *value)
@@ -1438,7 +1473,9 @@ enum {
     BATCH_IN = 32,        /* datagrams per receive call */
     BATCH_OUT = 64,       /* datagrams, and bytes, queued before an early flush */
     BATCH_OUT_BYTES = 262144,
-    CONTROL_BYTES = 64 /* ancillary data: one in_pktinfo or in6_pktinfo with its header */
+    CONTROL_BYTES = 64, /* ancillary data: one in_pktinfo or in6_pktinfo with its header */
+    ADDRS_MAX = 8,      /* of a host that are tried */
+    HOST_BYTES = 256
 };
 
 /* What the system would not take yet, per socket, bounded by config.send_queue_bytes. */
@@ -1455,6 +1492,7 @@ struct udp;
 struct udp_user {
     void (*input)(struct udp *u, const uint8_t *p, size_t n, const dtls_addr *from, const dtls_addr *to);
     void (*error)(struct udp *u, int error);
+    void (*writable)(struct udp *u); /* after its backlog was full it has room again */
     void *owner;
     dtls_counters *counters;
     const dtls_config *cfg;
@@ -1470,6 +1508,7 @@ struct udp {
     bool wildcard;
     struct backlog *first, **last;
     size_t backlog_bytes;
+    bool refused; /* the backlog was full, and whoever wanted to send was not told yet that it has room again */
 };
 
 struct control {
@@ -1605,12 +1644,15 @@ static unsigned udp_send_batch(struct udp *u, const struct outgoing *o, unsigned
 static int backlog_add(struct udp *u, const void *data, size_t len, const dtls_addr *from, const dtls_addr *to)
 {
     size_t room = (size_t)u->user.cfg->send_queue_bytes;
-    if (len > room || u->backlog_bytes > room - len)
+    struct backlog *b = len <= room && u->backlog_bytes <= room - len ? malloc(sizeof *b + len) : NULL;
+    if (u->first && !b) {
+        u->refused = true;
         return DTLS_ERR_AGAIN;
-    struct backlog *b = malloc(sizeof *b + len);
+    }
     if (!b || (!u->first && dtls_watch_set(u->watch, DTLS_READ | DTLS_WRITE) < 0)) { /* nobody would tell us to go on */
+        udp_dropped(u, DTLS_DROP_SEND);
         free(b);
-        return DTLS_ERR_AGAIN;
+        return 0;
     }
     *b = (struct backlog){.from = *from, .to = *to, .len = len};
     memcpy(b->data, data, len);
@@ -1640,6 +1682,10 @@ static void udp_writable(struct udp *u)
         backlog_drop_first(u);
     }
     dtls_watch_set(u->watch, DTLS_READ);
+    if (u->refused) {
+        u->refused = false;
+        u->user.writable(u);
+    }
 }
 
 /* The end of every turn: what was queued leaves, one system call for each run of datagrams on the same socket. */
@@ -1830,6 +1876,137 @@ static struct udp *udp_open(dtls_loop *l, const struct udp_user *user, struct ob
     return NULL;
 }
 
+/* Names. getaddrinfo() waits, so it has a thread of its own, which shares nothing with the loop but a pipe: the answer
+ * comes through that. Whoever does not want it any more closes the other end. */
+
+struct answer {
+    int error; /* getaddrinfo()'s */
+    int system_error;
+    unsigned len;
+    dtls_addr addrs[ADDRS_MAX];
+};
+
+struct question {
+    int fd;
+    char host[HOST_BYTES], port[12];
+};
+
+struct lookup {
+    struct object object;
+    dtls_watch *watch;
+    struct question what;
+    void (*fn)(void *user, const struct question *what, const struct answer *answer);
+    void *user;
+};
+
+/* RFC 8305 section 4: one of the other family next, so that where one does not work half of the tries are good. */
+static void answer_alternate(struct answer *to)
+{
+    for (unsigned i = 1, j; i < to->len; i++) {
+        for (j = i; j < to->len && to->addrs[j].family == to->addrs[i - 1].family; j++)
+            ;
+        if (j == to->len)
+            return;
+        dtls_addr other = to->addrs[j];
+        memmove(&to->addrs[i + 1], &to->addrs[i], (j - i) * sizeof other);
+        to->addrs[i] = other;
+    }
+}
+
+static void *lookup_thread(void *user)
+{
+    struct question *q = user;
+    struct addrinfo hints = {.ai_socktype = SOCK_DGRAM}, *list = NULL;
+    struct answer answer;
+    memset(&answer, 0, sizeof answer);
+    answer.error = getaddrinfo(q->host, q->port, &hints, &list);
+    answer.system_error = errno;
+    for (struct addrinfo *ai = list; ai && answer.len < ADDRS_MAX; ai = ai->ai_next)
+        if (dtls_addr_from_sockaddr(&answer.addrs[answer.len], ai->ai_addr, ai->ai_addrlen) == 0)
+            answer.len++;
+    if (list)
+        freeaddrinfo(list);
+    answer_alternate(&answer);
+    while (write(q->fd, &answer, sizeof answer) < 0 && errno == EINTR) /* in one piece: it is below PIPE_BUF */
+        ;
+    close(q->fd);
+    free(q);
+    return NULL;
+}
+
+static void lookup_end(struct lookup *l)
+{
+    dtls_loop *loop = l->watch->loop;
+    int fd = l->watch->fd;
+    dtls_watch_free(l->watch);
+    close(fd);
+    loop_bury(loop, &l->object);
+}
+
+static void lookup_readable(void *user, int fd, unsigned events)
+{
+    struct lookup *l = user;
+    struct answer answer;
+    ssize_t n = read(fd, &answer, sizeof answer);
+    (void)events;
+    if (n < 0 && (errno == EINTR || errno == EAGAIN))
+        return;
+    if (n != (ssize_t)sizeof answer)
+        answer = (struct answer){.error = EAI_FAIL};
+    lookup_end(l);
+    l->fn(l->user, &l->what, &answer);
+}
+
+/* Signals are for the loop's thread, and SIGPIPE tells that nobody wants the answer. */
+static int lookup_start(struct question *q)
+{
+    pthread_attr_t attr;
+    pthread_t thread;
+    sigset_t all, before;
+    sigfillset(&all);
+    int r = pthread_attr_init(&attr);
+    if (r != 0)
+        return r;
+    pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    r = pthread_create(&thread, &attr, lookup_thread, q);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attr);
+    return r;
+}
+
+/* Asks for a host's addresses; fn is called once, and not before this returns, unless lookup_end() comes first. NULL: errno
+ * tells why. */
+static struct lookup *lookup_new(dtls_loop *loop, const struct question *what,
+                                 void (*fn)(void *user, const struct question *what, const struct answer *answer),
+                                 void *user)
+{
+    int fd[2] = {-1, -1}, error;
+    struct lookup *l = calloc(1, sizeof *l);
+    struct question *q = malloc(sizeof *q);
+    if (l && q && fd_pipe(fd) == 0 && (l->watch = dtls_watch_new(loop, fd[0], DTLS_READ, lookup_readable, l)) != NULL) {
+        *q = l->what = *what;
+        q->fd = fd[1];
+        l->object.destroy = object_free;
+        l->fn = fn;
+        l->user = user;
+        list_init(&l->object);
+        error = lookup_start(q);
+        if (error == 0)
+            return l;
+        dtls_watch_free(l->watch);
+    } else {
+        error = l && q ? errno : ENOMEM;
+    }
+    for (int i = 0; i < 2; i++)
+        if (fd[i] >= 0)
+            close(fd[i]);
+    free(q);
+    free(l);
+    errno = error;
+    return NULL;
+}
+
 /* ==== 5. wire ===================================================================================================== */
 
 enum {
@@ -1872,6 +2049,7 @@ enum {
 enum {
     IP4_UDP_HEADERS = 28,
     IP6_UDP_HEADERS = 48,
+    MTU_MIN = 256,
     MTU_FALLBACK_1 = 1280, /* what every IPv6 link carries, */
     MTU_FALLBACK_2 = 576,  /* and every IPv4 host */
     FLIGHT_SMALL = MTU_FALLBACK_2 - IP6_UDP_HEADERS
@@ -2087,8 +2265,7 @@ struct wire {
     uint64_t in_sequence; /* next number for a record that is renumbered */
     int mtu;              /* the link's, as far as known */
     int headers;          /* what IP and UDP take of it */
-    unsigned fallbacks;   /* times that libssl asked for a smaller one */
-    bool mtu_settled;     /* and gets none any more */
+    size_t largest;       /* datagram of the present flight */
     struct flight *flight;
     bool written; /* libssl wrote a datagram since this was cleared */
     int (*send)(void *owner, const void *data, size_t len);
@@ -2115,6 +2292,7 @@ static void flight_begin(struct wire *w, struct flight *f, bool small)
 static void flight_flush(struct wire *w)
 {
     struct flight *f = w->flight;
+    w->largest = f->len > w->largest ? f->len : w->largest;
     if (f->len > 0 && w->send(w->owner, f->bytes, f->len) != 0)
         w->counters->dropped[DTLS_DROP_SEND]++;
     f->len = 0;
@@ -2163,6 +2341,8 @@ static int bio_write(BIO *b, const char *data, int len)
         f->len += n;
         return len;
     }
+    if (f)
+        w->largest = n > w->largest ? n : w->largest;
     if (w->send(w->owner, data, n) == 0)
         return len;
     if (f) { /* libssl must not keep the rest of a flight: lost, and sent again as if the network had */
@@ -2173,17 +2353,17 @@ static int bio_write(BIO *b, const char *data, int len)
     return -1;
 }
 
-/* libssl asks for a smaller MTU at each timeout of a handshake from the third on, which may be the path's doing. It asks
- * on an open connection, too, when the peer repeats its Finished for the third time, since our last flight was lost. That
- * flight is small, so its loss tells nothing about the path: the MTU stays as the handshake found it. */
-static long wire_fall_back(struct wire *w)
+/* A flight was lost twice: that may be the path's doing, which drops what is too large for it. False: this flight is small,
+ * and its loss tells nothing about the path. libssl would ask for a smaller MTU only one timeout later, and then for small
+ * flights, too, even on an open connection, where the peer repeats its Finished; so it is told that there is none. */
+static bool wire_fall_back(struct wire *w)
 {
-    int less = w->fallbacks == 0 ? MTU_FALLBACK_1 : MTU_FALLBACK_2;
-    if (!w->mtu_settled) {
-        w->fallbacks++;
-        w->mtu = less < w->mtu ? less : w->mtu;
-    }
-    return (long)wire_room(w);
+    int size = (int)w->largest + w->headers, less = size > MTU_FALLBACK_1 ? MTU_FALLBACK_1 : MTU_FALLBACK_2;
+    if (size <= less || w->mtu <= less)
+        return false;
+    w->mtu = less;
+    w->largest = 0;
+    return true;
 }
 
 /* What libssl asks of a datagram BIO. It reads an unexpected answer as a size or a flag, so the default is 0. */
@@ -2199,9 +2379,8 @@ static long bio_ctrl(BIO *b, int cmd, long num, void *ptr)
     case BIO_CTRL_EOF:
         return w->in == NULL;
     case BIO_CTRL_DGRAM_QUERY_MTU:
-        return (long)wire_room(w);
     case BIO_CTRL_DGRAM_GET_FALLBACK_MTU:
-        return wire_fall_back(w);
+        return (long)wire_room(w);
     case BIO_CTRL_DGRAM_GET_MTU_OVERHEAD:
         return w->headers;
     case BIO_CTRL_DGRAM_SET_PEEK_MODE:
@@ -2254,6 +2433,7 @@ struct phase {
     void (*input)(struct association *a, const uint8_t *p, size_t n); /* what to do with a datagram that arrives, */
     /* and with one that waited for its turn: does one piece of work, and returns how many bytes are done with. */
     size_t (*work)(struct association *a, const uint8_t *p, size_t n);
+    void (*failed)(struct association *a, int error); /* the system reports an error on its own socket */
 };
 
 /* What may still be done under an association's keys. */
@@ -2285,17 +2465,18 @@ struct source {
 };
 
 /* One DTLS association: an SSL, the BIO beneath it, the addresses and the socket that it speaks through, its deadlines.
- * It begins with a handshake, whose data hang on it until it opens. A connection has one that is open, or one that it
- * tries; it may have both, and then the one that is tried takes over as soon as it opens: nothing moves, but a pointer.
+ * It begins with a handshake, whose data hang on it until it opens. A connection has one that is open, or some that it
+ * tries, or both; the first of these to open takes over, and the others are let go: nothing moves, but a pointer.
  *
  * Who frees it: the connection's end or the one that took over buries it, the end of the turn frees it. Its SSL, its
  * handshake and, where it is a client's own, its socket go with it. */
 struct association {
     struct object object;
     dtls_endpoint *ep;
-    dtls_conn *conn; /* NULL: the endpoint's spare one, which answers ClientHellos */
+    dtls_conn *conn;           /* NULL: the endpoint's spare one, which answers ClientHellos */
+    struct association *older; /* the connection's tries */
     struct entry entry;
-    bool listed; /* in the table */
+    bool listed, ended; /* listed: in the table */
     SSL *ssl;
     struct wire wire;
     struct udp *udp; /* the socket it speaks through; NULL: a transport of the user's own */
@@ -2320,19 +2501,36 @@ struct association {
 
 enum conn_state { CONN_CONNECTING, CONN_OPEN, CONN_CLOSED };
 
+/* What a client's connection needs while it has tries. */
+struct dial {
+    struct lookup *lookup; /* NULL: the addresses are known */
+    dtls_addr addrs[ADDRS_MAX], local;
+    unsigned addrs_len, addrs_tried;
+    int64_t since, deadline, next_at; /* next_at: the next address is tried */
+    SSL_SESSION *session;             /* to resume */
+    dtls_reason fault;                /* why a try was given up, and in words */
+    char fault_text[REASON_BYTES];
+};
+
 /* What the application knows: one peer, whatever associations it takes. All times are microseconds. */
 struct dtls_conn {
     struct object object;
     dtls_endpoint *ep;
     uint64_t serial;
-    dtls_conn *prev, *next;            /* the endpoint's list; an ended one's next stays, for those who walk it */
-    struct association *open, *trying; /* they stay when it ends, to be asked until it is gone */
+    dtls_conn *prev, *next;           /* the endpoint's list; an ended one's next stays, for those who walk it */
+    struct association *open, *tries; /* they stay when it ends, to be asked until it is gone; the newest try first */
+    struct dial *dial;                /* NULL: a server's, or it is open and tries nothing */
     enum conn_state state;
     bool server, resumed;
-    char *name;           /* a client expects it in the certificate; NULL: the peer's IP address */
-    SSL_SESSION *session; /* a client's to resume, until it is connected */
-    int64_t started, last_in, idle_raised;
-    uint64_t messages_in, messages_out, bytes_in, bytes_out;
+    bool unanswered; /* something was sent, and nothing authentic came since */
+    bool doubted;    /* ICMP says that nobody is there any more; anybody can forge that */
+    bool waits;      /* the application was told DTLS_ERR_AGAIN; it is on the endpoint's list */
+    bool paced;      /* the round-trip time was known before its present handshake */
+    char *name;      /* a client expects it in the certificate; NULL: the peer's IP address */
+    int64_t started, last_in, idle_raised, unanswered_at, renewed_at;
+    int64_t round_trip_us; /* the quickest answer in its handshakes; 0: not known */
+    uint64_t messages_in, messages_out, bytes_in, bytes_out, resends;
+    unsigned renewals;
     dtls_reason reason;
     char *text;                /* why it ended; NULL: it did not, or there was no memory for it */
     struct identity *identity; /* NULL: none is known */
@@ -2392,6 +2590,7 @@ struct dtls_endpoint {
     uint64_t serials;
     struct object walks;
     size_t walks_len;
+    struct object waiting; /* connections whose application waits until it can send again */
     struct table associations, sources, identities, sessions;
     struct session *newest, *oldest;
     size_t sessions_len;
@@ -2412,6 +2611,14 @@ static bool at_limit(size_t count, int limit)
 static void ep_count(dtls_endpoint *ep, dtls_drop reason)
 {
     ep->counters.dropped[reason]++;
+}
+
+const char *dtls_drop_name(dtls_drop reason)
+{
+    static const char *const names[DTLS_DROP_COUNT] = {"malformed", "oversize", "stranger", "hello", "limit",
+                                                       "epoch",     "short",    "alert",    "data",  "handshake",
+                                                       "early",     "send",     "DTLS 1.3", "CID"};
+    return (unsigned)reason < DTLS_DROP_COUNT ? names[reason] : "unknown";
 }
 
 /* Sources. */
@@ -2801,7 +3008,10 @@ static void ep_log(const dtls_endpoint *ep, dtls_log level, const dtls_addr *pee
     char line[512], addr[DTLS_ADDR_TEXT];
     if (!cfg->on_log)
         return;
-    snprintf(line, sizeof line, "%s %s", dtls_addr_format(peer, addr, sizeof addr), text);
+    if (peer->family || peer->port)
+        snprintf(line, sizeof line, "%s %s", dtls_addr_format(peer, addr, sizeof addr), text);
+    else /* its name is still looked up */
+        snprintf(line, sizeof line, "%s", text);
     cfg->on_log(cfg->user, level, line);
 }
 
@@ -3071,11 +3281,98 @@ static struct association *assoc_new(dtls_endpoint *ep)
     return NULL;
 }
 
+static void assoc_list(struct association *a)
+{
+    table_add(&a->ep->associations, &a->entry, assoc_hash(a->ep, &a->peer));
+    a->listed = true;
+}
+
 static void assoc_set_addresses(struct association *a, const dtls_addr *peer, const dtls_addr *local)
 {
     a->peer = *peer;
     a->local = *local;
     a->wire.headers = peer->family == 4 ? IP4_UDP_HEADERS : IP6_UDP_HEADERS;
+}
+
+static void conn_raise(dtls_conn *c, dtls_event event, const void *data, size_t len)
+{
+    if (c->ep->cfg.on_event)
+        c->ep->cfg.on_event(c, event, data, len);
+}
+
+static void conn_waits(dtls_conn *c)
+{
+    if (!c->waits)
+        list_add(&c->ep->waiting, &c->object);
+    c->waits = true;
+}
+
+static void conn_tell_writable(dtls_conn *c)
+{
+    if (!c->waits)
+        return;
+    c->waits = false;
+    list_remove(&c->object);
+    list_init(&c->object);
+    conn_raise(c, DTLS_EV_WRITABLE, NULL, 0);
+}
+
+/* The socket has room again: those whose application was told DTLS_ERR_AGAIN hear of it, until one fills it. */
+static void ep_tell_waiting(dtls_endpoint *ep, const struct udp *u)
+{
+    struct object *o = ep->waiting.next;
+    while (o != &ep->waiting && !u->refused) {
+        dtls_conn *c = (dtls_conn *)o;
+        o = o->next;
+        if (c->open->udp == u) {
+            conn_tell_writable(c);
+            o = ep->waiting.next; /* the callback may have ended any */
+        }
+    }
+}
+
+/* A client's own socket serves its association alone, which so needs no place in the table. */
+
+static void assoc_own_input(struct udp *u, const uint8_t *p, size_t n, const dtls_addr *from, const dtls_addr *to)
+{
+    struct association *a = u->user.owner;
+    (void)from, (void)to;
+    a->ep->counters.datagrams_in++;
+    assoc_input(a, p, n);
+}
+
+static void assoc_own_failed(struct udp *u, int error)
+{
+    struct association *a = u->user.owner;
+    if (a->phase)
+        a->phase->failed(a, error);
+}
+
+static void assoc_own_writable(struct udp *u)
+{
+    const struct association *a = u->user.owner;
+    ep_tell_waiting(a->ep, u);
+}
+
+/* The way to the peer: a socket of its own, or the user's transport. 0 or an error. */
+static int assoc_open_path(struct association *a, const dtls_addr *peer, const dtls_addr *local, dtls_error *err)
+{
+    dtls_endpoint *ep = a->ep;
+    const struct udp_user user = {assoc_own_input, assoc_own_failed, assoc_own_writable, a, &ep->counters, &ep->cfg};
+    char text[DTLS_ADDR_TEXT];
+    dtls_addr_format(peer, text, sizeof text);
+    if (!ep->cfg.send && !(a->udp = udp_open(ep->loop, &user, &ep->sockets, NULL, peer)))
+        return fail(err, DTLS_ERR_SYSTEM, "%s: %s", text, strerror(errno));
+    assoc_set_addresses(a, peer, a->udp ? &a->udp->local : local);
+    int mtu = a->udp ? fd_path_mtu(a->udp->fd, peer->family == 4) : 0;
+    if (mtu >= MTU_MIN && mtu < a->wire.mtu)
+        a->wire.mtu = mtu;
+    const struct association *other = a->udp ? NULL : assoc_find(ep, peer, local);
+    if (other && other->conn != a->conn)
+        return fail(err, DTLS_ERR_STATE, "%s: connected already", text);
+    if (!a->udp)
+        assoc_list(a);
+    return 0;
 }
 
 /* libssl 3.0 crashes when it writes without its buffers, so they come back before any call that might. False: no memory,
@@ -3096,6 +3393,9 @@ static bool assoc_need_buffers(struct association *a)
 /* Lets go of it. The peer is told where it can understand that. */
 static void assoc_end(struct association *a, dtls_reason reason)
 {
+    if (a->ended)
+        return;
+    a->ended = true;
     bool tell = reason == DTLS_CLOSE_LOCAL || reason == DTLS_CLOSE_PEER || reason == DTLS_CLOSE_IDLE ||
                 reason == DTLS_CLOSE_VERIFY || reason == DTLS_CLOSE_KEYS;
     if (tell && SSL_is_init_finished(a->ssl) && assoc_need_buffers(a)) {
@@ -3175,35 +3475,60 @@ static dtls_reason assoc_failure(const struct association *a, int *code, char te
 
 /* Connections. */
 
+static void dial_end(dtls_conn *c)
+{
+    struct dial *d = c->dial;
+    c->dial = NULL;
+    if (!d)
+        return;
+    if (d->lookup)
+        lookup_end(d->lookup);
+    SSL_SESSION_free(d->session);
+    OPENSSL_clear_free(d, sizeof *d);
+}
+
 static void conn_destroy(struct object *o)
 {
     dtls_conn *c = (dtls_conn *)o;
-    SSL_SESSION_free(c->session);
     identity_release(c->ep, c->identity);
     free(c->name);
     free(c->text);
     free(c);
 }
 
-/* A connection that tries this association; not on any list yet, and `a` stays the caller's. NULL: no memory. */
-static dtls_conn *conn_new(struct association *a, bool server)
+/* Not on any list yet. NULL: no memory. */
+static dtls_conn *conn_new(dtls_endpoint *ep, bool server)
 {
     dtls_conn *c = calloc(1, sizeof *c);
     if (!c)
         return NULL;
-    *c = (dtls_conn){.object.destroy = conn_destroy, .ep = a->ep, .trying = a, .server = server};
-    c->started = c->last_in = c->idle_raised = loop_now(a->ep->loop);
+    *c = (dtls_conn){.object.destroy = conn_destroy, .ep = ep, .server = server};
+    c->started = c->last_in = c->idle_raised = loop_now(ep->loop);
     list_init(&c->object);
-    a->conn = c;
     return c;
+}
+
+/* Whom it is connected with from now on. */
+static void conn_set_identity(dtls_conn *c, struct identity *id)
+{
+    if (c->state == CONN_OPEN && c->identity)
+        c->identity->open--;
+    identity_release(c->ep, c->identity);
+    c->identity = id;
+    if (id)
+        id->open++;
+}
+
+static void conn_add_try(dtls_conn *c, struct association *a)
+{
+    a->conn = c;
+    a->older = c->tries;
+    c->tries = a;
 }
 
 static void conn_list(dtls_conn *c)
 {
     dtls_endpoint *ep = c->ep;
-    struct association *a = c->trying;
-    table_add(&ep->associations, &a->entry, assoc_hash(ep, &a->peer));
-    a->listed = true;
     c->serial = ++ep->serials;
     c->prev = ep->last;
     *(ep->last ? &ep->last->next : &ep->first) = c;
@@ -3228,20 +3553,15 @@ static void conn_unlist(dtls_conn *c, bool was_open)
 /* The association that tells its addresses and its cipher. */
 static const struct association *conn_assoc(const dtls_conn *c)
 {
-    return c->open ? c->open : c->trying;
+    return c->open ? c->open : c->tries;
 }
 
-static void conn_raise(dtls_conn *c, dtls_event event, const void *data, size_t len)
-{
-    if (c->ep->cfg.on_event)
-        c->ep->cfg.on_event(c, event, data, len);
-}
-
-static void conn_log(const dtls_conn *c, dtls_log level, const char *format, ...) PRINTF_LIKE(3, 4);
+static void assoc_log(const struct association *a, dtls_log level, const char *format, ...) PRINTF_LIKE(3, 4);
 static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, ...) PRINTF_LIKE(3, 4);
 
-static void conn_log(const dtls_conn *c, dtls_log level, const char *format, ...)
+static void assoc_log(const struct association *a, dtls_log level, const char *format, ...)
 {
+    const dtls_conn *c = a->conn;
     char text[LINE_BYTES];
     va_list args;
     va_start(args, format);
@@ -3249,9 +3569,9 @@ static void conn_log(const dtls_conn *c, dtls_log level, const char *format, ...
     va_end(args);
     bool strange = c->server && !c->open && (level == DTLS_LOG_WARNING || level == DTLS_LOG_DEBUG);
     if (strange)
-        ep_log_stranger(c->ep, level, &conn_assoc(c)->peer, text);
+        ep_log_stranger(c->ep, level, &a->peer, text);
     else
-        ep_log(c->ep, level, &conn_assoc(c)->peer, text);
+        ep_log(c->ep, level, &a->peer, text);
 }
 
 /* The one way a connection ends: its associations, then, once all is in order, what the application is told. */
@@ -3271,17 +3591,19 @@ static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, ...)
     /* Before any callback: one that frees the endpoint buries it, and it must go after its connections. */
     if (c->open)
         assoc_end(c->open, reason);
-    if (c->trying)
-        assoc_end(c->trying, reason);
+    for (struct association *a = c->tries; a; a = a->older)
+        assoc_end(a, reason);
+    dial_end(c);
     conn_unlist(c, was_open);
     loop_bury(c->ep->loop, &c->object);
     if (was_open && c->identity)
         c->identity->open--;
     if (was_open) {
-        conn_log(c, DTLS_LOG_INFO, "closed: %s", text);
+        assoc_log(conn_assoc(c), DTLS_LOG_INFO, "closed: %s", text);
     } else {
         c->ep->counters.handshakes_failed++;
-        conn_log(c, reason == DTLS_CLOSE_LOCAL ? DTLS_LOG_DEBUG : DTLS_LOG_WARNING, "handshake failed: %s", text);
+        assoc_log(conn_assoc(c), reason == DTLS_CLOSE_LOCAL ? DTLS_LOG_DEBUG : DTLS_LOG_WARNING, "handshake failed: %s",
+                  text);
     }
     if (was_open || !c->server) /* the application never heard of a handshake that a stranger failed */
         conn_raise(c, DTLS_EV_CLOSED, NULL, 0);
@@ -3410,9 +3732,6 @@ static void traffic_idle(struct association *a, int64_t now)
     conn_raise(c, DTLS_EV_IDLE, NULL, 0);
 }
 
-static const struct rule traffic_rules[] = {
-    {traffic_gone_at, traffic_gone}, {traffic_quiet_at, traffic_quiet}, {traffic_idle_at, traffic_idle}, {NULL, NULL}};
-
 /* RFC 9325 section 4.4: keys protect only so much. False: less is left than this message needs, and the connection ends. */
 static bool traffic_spend(struct association *a, uint64_t *left, size_t bytes)
 {
@@ -3463,6 +3782,7 @@ static void traffic_read(struct association *a, bool only)
         }
         a->authentic = true;
         c->last_in = c->ep->loop->now;
+        c->unanswered = c->doubted = false;
         c->messages_in += n > 0;
         c->bytes_in += n;
         if (!traffic_spend(a, &a->keys.in, n))
@@ -3523,9 +3843,27 @@ static size_t traffic_work(struct association *a, const uint8_t *p, size_t n)
     return n;
 }
 
-static const struct phase traffic_phase = {traffic_rules, traffic_input, traffic_work};
+/* ICMP may tell that nobody listens there any more, or be forged. It ends nothing, but makes us ask. Not where the system
+ * is short of buffers or a network is away for a while: that tells nothing about the peer. */
+static void traffic_socket_failed(struct association *a, int error)
+{
+    if (error == ECONNREFUSED) {
+        a->conn->doubted = true;
+        assoc_arm(a);
+    }
+}
 
 /* What the application does. */
+
+/* From now on the peer owes us a sign of life. */
+static void traffic_expect(struct association *a)
+{
+    dtls_conn *c = a->conn;
+    c->unanswered = true;
+    c->unanswered_at = c->ep->loop->now;
+    if (!c->server && (c->doubted || c->ep->cfg.unanswered_ms > 0))
+        assoc_arm(a);
+}
 
 static int traffic_write(struct association *a, const void *data, size_t len)
 {
@@ -3539,14 +3877,19 @@ static int traffic_write(struct association *a, const void *data, size_t len)
     errors_clear();
     int n = SSL_write(a->ssl, data, (int)len);
     int e = n > 0 ? SSL_ERROR_NONE : SSL_get_error(a->ssl, n);
-    if (e == SSL_ERROR_WANT_WRITE || e == SSL_ERROR_WANT_READ)
+    if (e == SSL_ERROR_WANT_WRITE || e == SSL_ERROR_WANT_READ) {
+        if (a->udp)
+            conn_waits(c);
         return DTLS_ERR_AGAIN;
+    }
     if (e != SSL_ERROR_NONE) {
         traffic_failed(a);
         return DTLS_ERR_TLS;
     }
     c->messages_out++;
     c->bytes_out += len;
+    if (!c->unanswered)
+        traffic_expect(a);
     return 0;
 }
 
@@ -3610,6 +3953,9 @@ void dtls_conn_info(const dtls_conn *c, dtls_info *info)
                         .resumed = c->resumed,
                         .age_ms = (now - c->started) / 1000,
                         .silent_ms = (now - c->last_in) / 1000,
+                        .round_trip_us = c->round_trip_us,
+                        .resends = c->resends,
+                        .renewals = c->renewals,
                         .messages_in = c->messages_in,
                         .messages_out = c->messages_out,
                         .bytes_in = c->bytes_in,
@@ -3656,32 +4002,34 @@ SSL *dtls_conn_ssl(const dtls_conn *c)
 /* ==== 9. handshake ================================================================================================ */
 
 enum {
-    CLAIM_GRACE_MS = 3000,  /* silence that makes a claim that the peer refuses us credible */
-    CLAIM_RETRY_MS = 1000,  /* the same where a client tries once more before it believes it */
-    STALL_MS = 4000,        /* a client's handshake stands still for so long: it begins anew */
-    STALL_COOKIE_MS = 2000, /* the same while the server has only its cookie to lose */
-    HELLO_WAIT_MS = 1000,   /* at most between ClientHellos until one is answered */
-    FAILURES_MAX = 5,       /* after so many a client begins anew, */
-    FAILURES_REFUSED = 2,   /* after the peer's alerts, */
-    FAILURES_VERIFY = 1,    /* and after certificates that it refused itself */
-    UNPROVEN_RESENDS = 3,   /* of a server's first flight, to a client that may be somebody else's invention */
+    CLAIM_GRACE_MS = 3000,      /* silence that makes a claim that the peer refuses us credible */
+    CLAIM_RETRY_MS = 1000,      /* the same where a client tries once more before it believes it */
+    STALL_MS = 4000,            /* a client's handshake stands still for so long: it begins one more */
+    HELLO_WAIT_MS = 1000,       /* at most between ClientHellos until one is answered */
+    STAGGER_MS = 250,           /* between a host's addresses, RFC 8305 section 5 */
+    RETRANSMIT_MIN_US = 100000, /* however short the round trip is: the peer has to calculate */
+    RENEW_REST_MS = 5000,       /* between renewals that nobody asked for */
+    FAILURES_MAX = 5,           /* after so many a client begins anew, */
+    FAILURES_REFUSED = 2,       /* after the peer's alerts, */
+    FAILURES_VERIFY = 1,        /* and after certificates that it refused itself */
+    UNPROVEN_RESENDS = 3,       /* of a server's first flight, to a client that may be somebody else's invention */
     NO_ALERT = -1
 };
 
-/* A client:                                              A server, behind the stateless cookie exchange:
+/* A client's try:                                        A server's, behind the stateless cookie exchange:
  *
  *   new -> asking -> cookie -> flights -> done             new -> flights -> done
  *            |          |         |
- *            +----------+---------+-> failed -> asking, anew
+ *            +----------+---------+-> failed
  *
- * From each of a client's states it may also begin anew at once. A handshake that does not get to its end ends with its
- * connection, in whatever state it is. */
+ * One more try may begin beside it, or take its place, from each of a client's states. A handshake that does not get to its
+ * end ends with its association, in whatever state it is. */
 enum hs_state {
     HS_NEW,
     HS_ASKING,  /* the ClientHello is under way, nobody answered */
     HS_COOKIE,  /* the server answered with a cookie, which went back to it */
     HS_FLIGHTS, /* a client has the ServerHello, a server a ClientHello with a good cookie */
-    HS_FAILED,  /* a client waits a little before it begins anew */
+    HS_FAILED,  /* a client waits a little before one more try takes its place */
     HS_DONE,
     HS_STATES
 };
@@ -3689,13 +4037,14 @@ enum hs_state {
 static const char *const hs_names[HS_STATES] = {"new", "asking", "cookie", "flights", "failed", "done"};
 
 /* What may follow what, by role: 0 a client, 1 a server. */
-static const uint8_t hs_follows[2][HS_STATES] = {
-    {[HS_NEW] = 1 << HS_ASKING,
-     [HS_ASKING] = 1 << HS_COOKIE | 1 << HS_FLIGHTS | 1 << HS_FAILED | 1 << HS_ASKING,
-     [HS_COOKIE] = 1 << HS_FLIGHTS | 1 << HS_FAILED | 1 << HS_ASKING,
-     [HS_FLIGHTS] = 1 << HS_DONE | 1 << HS_FAILED | 1 << HS_ASKING,
-     [HS_FAILED] = 1 << HS_ASKING},
-    {[HS_NEW] = 1 << HS_FLIGHTS, [HS_FLIGHTS] = 1 << HS_DONE}};
+static const uint8_t hs_follows[2][HS_STATES] = {{[HS_NEW] = 1 << HS_ASKING,
+                                                  [HS_ASKING] = 1 << HS_COOKIE | 1 << HS_FLIGHTS | 1 << HS_FAILED,
+                                                  [HS_COOKIE] = 1 << HS_FLIGHTS | 1 << HS_FAILED,
+                                                  [HS_FLIGHTS] = 1 << HS_DONE | 1 << HS_FAILED},
+                                                 {[HS_NEW] = 1 << HS_FLIGHTS, [HS_FLIGHTS] = 1 << HS_DONE}};
+
+static const struct phase hs_phase;
+static const struct phase open_phase; /* both below; an open connection may ask for one more handshake */
 
 /* Anybody can claim that the peer refuses us: by a plaintext alert, or by ICMP. libssl never sees the claim. It is
  * believed only if nothing plausible follows for a while, so that a forger cannot stop a handshake that goes on, and a
@@ -3707,14 +4056,14 @@ struct claim {
     char text[REASON_BYTES];
 };
 
-/* An association's handshake: made with it, freed when it opens. The association's SSL is that of the present try. */
+/* An association's handshake: made with it, freed when it opens. */
 struct handshake {
     enum hs_state state;
-    int64_t since;             /* it is in this state, */
-    int64_t anew_at;           /* where it failed */
-    OSSL_HANDSHAKE_STATE step; /* libssl in this one, */
-    int64_t step_at;           /* since then */
-    int64_t deadline;
+    int64_t since;                         /* it is in this state, */
+    int64_t anew_at;                       /* where it failed */
+    OSSL_HANDSHAKE_STATE step;             /* libssl in this one, */
+    int64_t step_at;                       /* since then */
+    struct association *beside;            /* the client's try that it began beside, which goes on; NULL: none */
     int64_t asked_at;                      /* since then the present ClientHello waits for its answer */
     int64_t round_trip_us;                 /* the quickest answer to one; 0: there was none yet */
     bool cookies;                          /* this server has a cookie exchange: it takes a new start for what it is */
@@ -3723,9 +4072,8 @@ struct handshake {
     unsigned early;                        /* protected records that came before their keys */
     unsigned restarts, failures, refusals; /* refusals: certificates that we refused */
     struct claim claim;
-    bool long_chain;   /* the peer sent too many certificates */
-    dtls_reason fault; /* why the last try failed, and in words */
-    char fault_text[REASON_BYTES];
+    bool long_chain; /* the peer sent too many certificates */
+    uint32_t dropped[DTLS_DROP_COUNT];
 };
 
 /* The one place where a handshake's state changes. A transition that the table does not have is a bug in this file. */
@@ -3736,23 +4084,26 @@ static void hs_become(struct association *a, enum hs_state state)
     h->state = state;
     h->since = loop_now(a->ep->loop);
     if (!(hs_follows[a->conn->server][was] >> state & 1))
-        conn_log(a->conn, DTLS_LOG_ERROR, "bug: handshake state %s after %s", hs_names[state], hs_names[was]);
+        assoc_log(a, DTLS_LOG_ERROR, "bug: handshake state %s after %s", hs_names[state], hs_names[was]);
 }
 
 static bool hs_under_way(const struct association *a)
 {
-    return a->handshake && a->handshake->state != HS_NEW && a->handshake->state != HS_FAILED &&
-           a->conn->state != CONN_CLOSED;
+    return a->phase && a->handshake && a->handshake->state != HS_NEW && a->handshake->state != HS_FAILED;
 }
 
 /* RFC 6347 section 4.2.4.1, with our first value and largest instead of libssl's 1 s and 60 s. Each wait is half as long
  * again as the one before, and not twice as long: at 30 % loss each way that takes the slowest of a hundred handshakes
- * from 14 s to 10 s. libssl calls this whenever it sets its timer. */
+ * from 14 s to 10 s. A round-trip time that is known makes the first wait one and a half times as long, RFC 9147 section
+ * 5.8.2; one that the present handshake measured makes it only longer. libssl calls this whenever it sets its timer. */
 static unsigned hs_retransmit_us(SSL *ssl, unsigned last_us)
 {
     const struct association *a = assoc_of(ssl);
     const dtls_config *cfg = &a->ep->cfg;
     unsigned first = (unsigned)cfg->retransmit_ms * 1000u, max = (unsigned)cfg->retransmit_max_ms * 1000u;
+    unsigned paced = (unsigned)earlier(a->conn->round_trip_us, max) / 2 * 3;
+    if (paced > first || (paced > 0 && a->conn->paced))
+        first = paced > max ? max : paced < RETRANSMIT_MIN_US && first > RETRANSMIT_MIN_US ? RETRANSMIT_MIN_US : paced;
     /* Until the first answer only one side tries, and its datagram is small and costs the other nothing. */
     if (a->handshake && a->handshake->state <= HS_ASKING && !a->conn->server && max > HELLO_WAIT_MS * 1000u)
         max = first > HELLO_WAIT_MS * 1000u ? first : HELLO_WAIT_MS * 1000u;
@@ -3783,6 +4134,7 @@ static void hs_follow(struct association *a)
     h->step = step;
     h->step_at = loop_now(a->ep->loop);
     h->resends = 0;
+    a->wire.largest = 0;
     if (!asks && (h->state == HS_ASKING || h->state == HS_COOKIE))
         hs_become(a, HS_FLIGHTS);
 }
@@ -3813,33 +4165,41 @@ static bool hs_offer(SSL *ssl, SSL_SESSION *session)
     return good;
 }
 
-/* The SSL of a client's first try, or one more. */
-static bool hs_be_client(const struct association *a, SSL *ssl)
+static void hs_forget_session(struct dial *d)
 {
-    dtls_conn *c = a->conn;
-    DTLS_set_timer_cb(ssl, hs_retransmit_us);
-    SSL_set_connect_state(ssl);
-    if (c->session && !hs_may_offer(a, ssl, c->session)) {
-        SSL_SESSION_free(c->session);
-        c->session = NULL;
-    }
-    return name_expect(a, ssl) && (!c->session || hs_offer(ssl, c->session));
+    SSL_SESSION_free(d->session);
+    d->session = NULL;
 }
 
-/* A client tries once more, and remembers why. If nobody answers then, that is what there is to tell. */
-static void hs_note_fault(struct handshake *h, dtls_reason reason, const char *text)
+static bool hs_be_client(const struct association *a)
 {
-    h->fault = reason;
-    snprintf(h->fault_text, sizeof h->fault_text, "%s", text);
+    struct dial *d = a->conn->dial;
+    DTLS_set_timer_cb(a->ssl, hs_retransmit_us);
+    SSL_set_connect_state(a->ssl);
+    if (d->session && !hs_may_offer(a, a->ssl, d->session))
+        hs_forget_session(d);
+    return name_expect(a, a->ssl) && (!d->session || hs_offer(a->ssl, d->session));
 }
+
+/* A client tries once more, and remembers why. If nobody answers then, that is what there is to tell. A server whose
+ * certificate we refused did answer. */
+static void hs_note_fault(struct dial *d, dtls_reason reason, const char *text)
+{
+    if (d->fault == DTLS_CLOSE_VERIFY && reason != DTLS_CLOSE_VERIFY)
+        return;
+    d->fault = reason;
+    snprintf(d->fault_text, sizeof d->fault_text, "%s", text);
+}
+
+static void hs_lose(struct association *a, dtls_reason reason, const char *text);
 
 static void hs_give_up(struct association *a, dtls_reason reason, const char *text)
 {
-    const struct handshake *h = a->handshake;
-    if (h->fault && h->state == HS_ASKING)
-        conn_end(a->conn, h->fault, "%s", h->fault_text);
+    const struct dial *d = a->conn->dial;
+    if (d && d->fault && a->handshake->state == HS_ASKING)
+        hs_lose(a, d->fault, d->fault_text);
     else
-        conn_end(a->conn, reason, "%s", text);
+        hs_lose(a, reason, text);
 }
 
 /* Opening: the handshake is over. */
@@ -3862,17 +4222,15 @@ static bool hs_refuses_session(struct association *a, X509 *cert, char text[REAS
 }
 
 /* What is wrong with the peer, though libssl is content. */
-static bool hs_refuses(struct association *a, char text[REASON_BYTES])
+static bool hs_refuses(struct association *a, struct identity **identity, char text[REASON_BYTES])
 {
-    dtls_conn *c = a->conn;
     X509 *cert = SSL_get1_peer_certificate(a->ssl);
-    c->resumed = SSL_session_reused(a->ssl) == 1;
-    bool bad = c->resumed && hs_refuses_session(a, cert, text);
+    bool bad = SSL_session_reused(a->ssl) == 1 && hs_refuses_session(a, cert, text);
     if (!bad && !a->ep->cfg.allow_no_ems && SSL_get_extms_support(a->ssl) != 1) {
         snprintf(text, REASON_BYTES, "refused: no extended master secret (RFC 7627)");
         bad = true;
     }
-    if (!bad && cert && !(c->identity = identity_get(a->ep, cert))) {
+    if (!bad && cert && !(*identity = identity_get(a->ep, cert))) {
         snprintf(text, REASON_BYTES, "certificate refused: its name cannot be read");
         bad = true;
     }
@@ -3882,10 +4240,9 @@ static bool hs_refuses(struct association *a, char text[REASON_BYTES])
 }
 
 /* Whether its address or its certificate has as many connections as it may; one that this replaces has ended. */
-static bool hs_is_too_many(const struct association *a, char text[REASON_BYTES])
+static bool hs_is_too_many(const struct association *a, const struct identity *id, char text[REASON_BYTES])
 {
     const dtls_config *cfg = &a->ep->cfg;
-    const struct identity *id = a->conn->identity;
     if (a->source && at_limit(a->source->open, cfg->max_conns_per_address))
         snprintf(text, REASON_BYTES, "refused: max_conns_per_address (%d) is reached", cfg->max_conns_per_address);
     else if (a->source && id && at_limit(id->open, cfg->max_conns_per_identity))
@@ -3941,26 +4298,31 @@ static void hs_give_way(struct association *old)
         conn_end(old->conn, DTLS_CLOSE_REPLACED, "replaced by a new association from the same address");
 }
 
-/* From here on the association is its connection's open one. The handshake is gone after this. */
-static void hs_take_over(struct association *a)
+/* From here on the association is its connection's open one, instead of the one before and of all other tries. The
+ * handshake is gone after this. */
+static void hs_take_over(struct association *a, struct identity *identity)
 {
     dtls_conn *c = a->conn;
+    struct association *old = c->open;
     hs_become(a, HS_DONE);
     free(a->handshake);
     a->handshake = NULL;
-    a->phase = &traffic_phase;
+    a->phase = &open_phase;
     source_opened(a);
     a->overhead = hs_record_overhead(SSL_get_current_cipher(a->ssl));
     a->message_max = hs_message_max(a->ssl);
     a->keys = hs_key_use(SSL_get_current_cipher(a->ssl));
-    if (c->identity)
-        c->identity->open++;
-    a->wire.mtu_settled = true;
-    SSL_SESSION_free(c->session);
-    c->session = NULL;
+    for (struct association *t = c->tries; t; t = t->older)
+        if (t != a)
+            assoc_end(t, DTLS_CLOSE_REPLACED);
+    c->tries = NULL;
     c->open = a;
-    c->trying = NULL;
-    c->state = CONN_OPEN;
+    if (old)
+        assoc_end(old, DTLS_CLOSE_LOCAL);
+    dial_end(c);
+    conn_set_identity(c, identity);
+    c->resumed = SSL_session_reused(a->ssl) == 1;
+    c->unanswered = c->doubted = false;
     c->last_in = c->idle_raised = a->used_at = loop_now(a->ep->loop);
     a->ep->counters.handshakes -= c->server;
     a->ep->counters.handshakes_resumed += c->resumed;
@@ -3968,30 +4330,44 @@ static void hs_take_over(struct association *a)
     assoc_arm(a);
 }
 
-static void hs_open(struct association *a)
+/* The application hears of it. */
+static void hs_tell(struct association *a, bool renewed)
 {
     dtls_conn *c = a->conn;
-    char text[REASON_BYTES];
-    bool refused = hs_refuses(a, text);
-    /* The callbacks in here may end it; until it is open the application does not know it. */
-    struct association *old = c->server && !refused ? assoc_next_same(a) : NULL;
-    if (old) /* RFC 6347 section 4.2.8 */
-        hs_give_way(old);
-    if (refused || (c->state == CONN_CONNECTING && hs_is_too_many(a, text)))
-        conn_end(c, DTLS_CLOSE_VERIFY, "%s", text);
-    if (c->state == CONN_CONNECTING)
-        conn_log(c, DTLS_LOG_INFO, "connected: %s, %s, %s", c->identity ? c->identity->name : "",
-                 SSL_get_cipher_name(a->ssl), c->resumed ? "resumed session" : "full handshake");
-    if (c->state != CONN_CONNECTING)
-        return;
-    hs_take_over(a);
-    conn_raise(c, DTLS_EV_CONNECTED, NULL, 0);
+    c->renewals += renewed;
+    conn_raise(c, renewed ? DTLS_EV_RENEWED : DTLS_EV_CONNECTED, NULL, 0);
+    if (c->open == a && c->state == CONN_OPEN)
+        conn_tell_writable(c);
     traffic_read(a, false);
     /* Given back now libssl's buffers leave no holes in the heap. A busy connection gets them again and keeps them. */
-    if (c->state == CONN_OPEN) {
+    if (a->phase) {
         traffic_quiet(a, loop_now(a->ep->loop));
         assoc_arm(a);
     }
+}
+
+static void hs_open(struct association *a)
+{
+    dtls_conn *c = a->conn;
+    struct identity *identity = NULL;
+    char text[REASON_BYTES];
+    bool refused = hs_refuses(a, &identity, text), renewed = c->open != NULL;
+    /* The callbacks in here may end it; until it is open the application does not know it. */
+    struct association *old = assoc_next_same(a);
+    if (old && old->conn != c) /* RFC 6347 section 4.2.8 */
+        hs_give_way(old);
+    if (a->phase && (refused || hs_is_too_many(a, identity, text)))
+        hs_lose(a, DTLS_CLOSE_VERIFY, text);
+    if (a->phase)
+        assoc_log(a, DTLS_LOG_INFO, "%s: %s, %s, %s", renewed ? "renewed" : "connected", identity ? identity->name : "",
+                  SSL_get_cipher_name(a->ssl), SSL_session_reused(a->ssl) ? "resumed session" : "full handshake");
+    if (!a->phase) {
+        identity_release(a->ep, identity);
+        return;
+    }
+    hs_take_over(a, identity);
+    c->state = CONN_OPEN;
+    hs_tell(a, renewed);
 }
 
 /* Failing, and beginning anew. */
@@ -4014,9 +4390,9 @@ static void hs_failed(struct association *a, int error)
     int code;
     dtls_conn *c = a->conn;
     dtls_reason why = assoc_failure(a, &code, text);
-    bool offered = !c->server && c->session; /* that may be why, so it is left out */
+    bool offered = c->dial && c->dial->session; /* that may be why, so it is left out */
     if (error != SSL_ERROR_SSL && error != SSL_ERROR_SYSCALL) {
-        conn_end(c, DTLS_CLOSE_ERROR, "a hook of on_ssl_ctx asks to be called again, which is not possible here");
+        hs_lose(a, DTLS_CLOSE_ERROR, "a hook of on_ssl_ctx asks to be called again, which is not possible here");
         return;
     }
     if (a->handshake->long_chain) {
@@ -4026,16 +4402,14 @@ static void hs_failed(struct association *a, int error)
     }
     a->handshake->long_chain = false;
     if (!offered && !hs_may_begin_anew(a, code)) {
-        conn_end(c, why, "%s", text);
+        hs_lose(a, why, text);
         return;
     }
-    hs_note_fault(a->handshake, why, text);
+    hs_note_fault(c->dial, why, text);
     hs_become(a, HS_FAILED);
     a->handshake->anew_at = a->handshake->since + (offered ? 0 : us(a->ep->cfg.retransmit_ms));
-    if (offered) {
-        SSL_SESSION_free(c->session);
-        c->session = NULL;
-    }
+    if (offered)
+        hs_forget_session(c->dial);
     assoc_arm(a);
 }
 
@@ -4053,55 +4427,237 @@ static void hs_drive(struct association *a)
         assoc_arm(a);
 }
 
-/* Plaintext handshake messages may arrive damaged or forged: the peer that stumbles over one forgets the handshake,
- * and RFC 6347 has no way back. So a client begins anew, under the same deadline and from the same port; the server's
- * cookie exchange lets it replace what is left of the first try. */
-static void hs_begin_anew(struct association *a, int64_t now)
+/* A client's tries. Its first, one for each further address of its host, and one more where one fails or stands still:
+ * plaintext handshake messages may arrive damaged or forged, the peer that stumbles over one forgets the handshake, and
+ * RFC 6347 has no way back.
+ *
+ * One more goes out from a socket of its own. So it is one more to every server, while from the same port only a server
+ * that does as RFC 6347 section 4.2.8 says would take it for a new start; and the one that stands still goes on beside it,
+ * since the server's next retransmission may be all that it waits for. With a transport of the user's own there is only
+ * the one port, and the new start takes the place of the old one. */
+
+/* False: no memory. The association's connection is there. */
+static bool hs_new(struct association *a)
 {
-    struct handshake *h = a->handshake;
-    SSL *ssl = assoc_ssl_new(a);
-    if (!ssl || !hs_be_client(a, ssl)) {
-        SSL_free(ssl);
-        conn_end(a->conn, DTLS_CLOSE_ERROR, "out of memory");
+    struct handshake *h = a->handshake = calloc(1, sizeof *h);
+    if (!h)
+        return false;
+    h->asked_at = h->step_at = a->used_at = a->conn->server ? a->conn->started : loop_now(a->ep->loop);
+    h->earned = UNPROVEN_RESENDS;
+    a->phase = &hs_phase;
+    return true;
+}
+
+/* A client's first ClientHello. Not done: OpenSSL's error queue has the reason. */
+static bool hs_connect(struct association *a)
+{
+    hs_become(a, HS_ASKING);
+    int e = hs_advance(a); /* cannot be done before an answer */
+    if (e != SSL_ERROR_WANT_READ && e != SSL_ERROR_WANT_WRITE)
+        return false;
+    assoc_arm(a);
+    return true;
+}
+
+static struct association *hs_try_new(dtls_conn *c)
+{
+    struct association *a = assoc_new(c->ep);
+    if (!a)
+        return NULL;
+    a->conn = c; /* hs_new() looks at it */
+    if (hs_new(a)) {
+        conn_add_try(c, a);
+        return a;
+    }
+    assoc_end(a, DTLS_CLOSE_ERROR);
+    return NULL;
+}
+
+static void hs_try_remove(struct association *a)
+{
+    struct association **at = &a->conn->tries;
+    for (struct association *t = *at; t; t = t->older)
+        if (t->handshake->beside == a)
+            t->handshake->beside = NULL;
+    while (*at != a)
+        at = &(*at)->older;
+    *at = a->older;
+    assoc_end(a, DTLS_CLOSE_REPLACED);
+}
+
+/* Its first ClientHello, to that address. 0 or an error. */
+static int hs_try_start(struct association *a, const dtls_addr *peer, dtls_error *err)
+{
+    char text[DTLS_ADDR_TEXT];
+    int r = assoc_open_path(a, peer, &a->conn->dial->local, err);
+    if (r < 0)
+        return r;
+    if (hs_be_client(a) && hs_connect(a))
+        return 0;
+    const char *reason = ERR_reason_error_string(ERR_peek_last_error());
+    return fail(err, DTLS_ERR_TLS, "%s: OpenSSL: %s", dtls_addr_format(peer, text, sizeof text),
+                reason ? reason : "no reason given");
+}
+
+/* The next of the host's addresses. 0, or why none could be tried. */
+static int hs_dial(dtls_conn *c, dtls_error *err)
+{
+    struct dial *d = c->dial;
+    int r = fail(err, DTLS_ERR_MEMORY, "out of memory");
+    while (d->addrs_tried < d->addrs_len) {
+        bool placeholder = c->tries && c->tries->handshake->state == HS_NEW;
+        struct association *a = placeholder ? c->tries : hs_try_new(c);
+        d->next_at = loop_now(c->ep->loop) + us(STAGGER_MS);
+        if (!a)
+            return r;
+        r = hs_try_start(a, &d->addrs[d->addrs_tried++], err);
+        if (r == 0)
+            return 0;
+        if (a->older || c->open || d->addrs_tried < d->addrs_len)
+            hs_try_remove(a);
+    }
+    return r;
+}
+
+/* A renewal came to nothing: the connection stays what it was. */
+static void hs_not_renewed(dtls_conn *c, const char *text)
+{
+    while (c->tries)
+        hs_try_remove(c->tries);
+    dial_end(c);
+    c->unanswered = false;
+    c->ep->counters.handshakes_failed++;
+    assoc_log(c->open, DTLS_LOG_WARNING, "not renewed: %s", text);
+    if (c->state == CONN_OPEN)
+        assoc_arm(c->open);
+}
+
+/* This try is over. The last one ends what it was for. */
+static void hs_lose(struct association *a, dtls_reason reason, const char *text)
+{
+    dtls_conn *c = a->conn;
+    struct dial *d = c->dial;
+    dtls_error err;
+    char words[REASON_BYTES];
+    snprintf(words, sizeof words, "%s", text);
+    if (c->server) {
+        conn_end(c, reason, "%s", words);
         return;
     }
-    SSL_free(a->ssl);
-    a->ssl = ssl;
-    a->wire.in = NULL;
-    a->wire.in_sequence = 0;
-    a->wire.fallbacks = 0; /* what is known of the MTU stays */
-    h->restarts++;
-    h->early = h->resends = 0;
-    h->step = TLS_ST_BEFORE;
-    h->asked_at = now;
-    h->cookies = false;
-    h->claim.made = false;
-    hs_become(a, HS_ASKING);
-    conn_log(a->conn, DTLS_LOG_DEBUG, "begins its handshake anew");
-    if (a->conn->state != CONN_CLOSED) /* the log may have ended it */
-        hs_drive(a);
+    hs_note_fault(d, reason, words);
+    if (c->tries->older || d->addrs_tried < d->addrs_len) {
+        assoc_log(a, DTLS_LOG_DEBUG, "one of several tries failed: %s", words);
+        if (!a->phase || c->dial != d)
+            return;
+        bool more = d->addrs_tried < d->addrs_len && hs_dial(c, &err) == 0;
+        if (more || c->tries->older) {
+            hs_try_remove(a);
+            return;
+        }
+    }
+    snprintf(words, sizeof words, "%s", d->fault_text);
+    if (c->open)
+        hs_not_renewed(c, words);
+    else
+        conn_end(c, d->fault, "%s", words);
+}
+
+/* Whether the present try can go on beside a new one. */
+static bool hs_has_own_socket(const struct association *a)
+{
+    return a->udp != NULL;
+}
+
+static bool hs_has_successor(const struct association *a)
+{
+    const struct association *t = a->conn->tries;
+    while (t && t->handshake->beside != a)
+        t = t->older;
+    return t != NULL;
+}
+
+static void hs_begin_anew(struct association *a, bool beside)
+{
+    dtls_conn *c = a->conn;
+    struct handshake *h = a->handshake;
+    dtls_error err;
+    if (!beside && (h->beside || hs_has_successor(a))) { /* that is the new start */
+        hs_lose(a, DTLS_CLOSE_TIMEOUT, "no answer");
+        return;
+    }
+    struct association *b = hs_try_new(c);
+    if (h->beside)
+        hs_try_remove(h->beside);
+    if (!b) {
+        hs_lose(a, DTLS_CLOSE_ERROR, "out of memory");
+        return;
+    }
+    b->handshake->restarts = h->restarts + 1;
+    b->handshake->failures = h->failures;
+    b->handshake->refusals = h->refusals;
+    memcpy(b->handshake->dropped, h->dropped, sizeof h->dropped);
+    memcpy(b->hello_random, a->hello_random, HELLO_RANDOM);
+    b->wire.mtu = a->wire.mtu; /* what is known of the path stays */
+    b->handshake->beside = beside ? a : NULL;
+    h->step_at = b->handshake->step_at;
+    if (!beside)
+        hs_try_remove(a);
+    assoc_log(b, DTLS_LOG_DEBUG, "begins its handshake anew");
+    if (b->phase && hs_try_start(b, &a->peer, &err) < 0)
+        hs_lose(b, DTLS_CLOSE_ERROR, err.text);
+}
+
+static void hs_replace(struct association *a, int64_t now)
+{
+    (void)now;
+    hs_begin_anew(a, false);
 }
 
 /* The deadlines of a handshake. The first stays what it is; what arrives and passes the guard may move the others:
  *
- *   over         handshake_timeout_ms after its first datagram the connection ends
+ *   over         handshake_timeout_ms after its first datagram the connection ends, or stays what it was if it is open
  *   begin        a server's begins as soon as it is its turn
+ *   next         a host's next address is tried STAGGER_MS after the last one
  *   anew         a client that failed begins anew after retransmit_ms, since what else of that try is under way comes
  *                first; at once, and without it, where it had offered a session
  *   believed     a claim that the peer refuses us is acted upon after a time in which nothing plausible came
- *   stalled      a client that made no progress for STALL_MS begins anew, later after each try
+ *   stalled      a client that made no progress for STALL_MS begins one more try, later after each
  *   retransmit   libssl's own timer (DTLSv1_get_timeout): the present flight is sent again
  */
 
+static int64_t hs_began_at(const struct association *a)
+{
+    return a->conn->dial ? a->conn->dial->since : a->conn->started;
+}
+
 static int64_t hs_over_at(const struct association *a)
 {
-    return a->handshake->deadline;
+    return hs_began_at(a) + us(a->ep->cfg.handshake_timeout_ms);
+}
+
+/* What was dropped may be why. */
+static void hs_put_drops(const struct handshake *h, char *text, size_t size)
+{
+    const char *before = "; dropped: ";
+    for (int i = 0; i < DTLS_DROP_COUNT; i++) {
+        size_t len = strlen(text);
+        if (h->dropped[i] > 0 && len < size) {
+            snprintf(text + len, size - len, "%s%u %s", before, h->dropped[i], dtls_drop_name((dtls_drop)i));
+            before = ", ";
+        }
+    }
 }
 
 static void hs_over(struct association *a, int64_t now)
 {
-    char text[48];
-    snprintf(text, sizeof text, "timed out after %.1f s", (double)(now - a->conn->started) / 1e6);
+    dtls_conn *c = a->conn;
+    char text[REASON_BYTES];
+    snprintf(text, sizeof text, "timed out after %.1f s", (double)(now - hs_began_at(a)) / 1e6);
+    hs_put_drops(a->handshake, text, sizeof text);
+    while (c->tries->older)
+        hs_try_remove(c->tries == a ? c->tries->older : c->tries);
+    if (c->dial)
+        c->dial->addrs_len = 0;
     hs_give_up(a, DTLS_CLOSE_TIMEOUT, text);
 }
 
@@ -4114,8 +4670,22 @@ static void hs_begin(struct association *a, int64_t now)
 {
     if (a->used_at == a->conn->started) /* its time begins when it is answered */
         a->used_at = now;
+    a->handshake->asked_at = now;
     hs_become(a, HS_FLIGHTS);
     hs_drive(a);
+}
+
+static int64_t hs_next_at(const struct association *a)
+{
+    const struct dial *d = a->conn->dial;
+    return d && a == a->conn->tries && d->addrs_tried < d->addrs_len ? d->next_at : INT64_MAX;
+}
+
+static void hs_next(struct association *a, int64_t now)
+{
+    dtls_error err;
+    (void)now;
+    hs_dial(a->conn, &err); /* where it fails, the tries under way decide */
 }
 
 static int64_t hs_anew_at(const struct association *a)
@@ -4134,8 +4704,7 @@ static int64_t hs_believed_at(const struct association *a)
 {
     const struct handshake *h = a->handshake;
     int64_t grace = us(CLAIM_GRACE_MS);
-    int64_t between =
-        h->claim.at - a->conn->started + us(CLAIM_RETRY_MS); /* tries of a client that doubles its waits */
+    int64_t between = h->claim.at - hs_began_at(a) + us(CLAIM_RETRY_MS); /* tries of a client that doubles its waits */
     if (h->state == HS_FAILED || !h->claim.made)
         return INT64_MAX;
     if (hs_may_retry_refusal(h))
@@ -4150,22 +4719,31 @@ static int64_t hs_believed_at(const struct association *a)
 static void hs_believed(struct association *a, int64_t now)
 {
     struct handshake *h = a->handshake;
+    (void)now;
     if (hs_may_retry_refusal(h) && h->failures++ < FAILURES_REFUSED) {
-        hs_note_fault(h, DTLS_CLOSE_REFUSED, h->claim.text);
-        hs_begin_anew(a, now);
+        hs_note_fault(a->conn->dial, DTLS_CLOSE_REFUSED, h->claim.text);
+        hs_begin_anew(a, false);
     } else {
         hs_give_up(a, DTLS_CLOSE_REFUSED, h->claim.text);
     }
 }
 
-/* A server without cookies would take a new start for a stale ClientHello. */
+/* From the same port a server without cookies would take a new start for a stale ClientHello. A server that keeps what it
+ * has of the first would answer no more, so there it takes longer than its timers of 1, 2 and 4 s. */
 static int64_t hs_stalled_at(const struct association *a)
 {
     const struct handshake *h = a->handshake;
-    int64_t patience = us(h->state == HS_COOKIE ? STALL_COOKIE_MS : STALL_MS);
-    if (h->state == HS_FAILED || !h->cookies)
+    int64_t patience = hs_has_own_socket(a) ? us(STALL_MS) : us(2 * STALL_MS);
+    bool answered = h->state == HS_COOKIE || h->state == HS_FLIGHTS;
+    if (a->conn->server || !answered || (!hs_has_own_socket(a) && !h->cookies) || hs_has_successor(a))
         return INT64_MAX;
     return h->step_at + patience * (2 + h->restarts) / 2 + 2 * h->round_trip_us;
+}
+
+static void hs_stalled(struct association *a, int64_t now)
+{
+    (void)now;
+    hs_begin_anew(a, hs_has_own_socket(a));
 }
 
 /* Somebody who saw a ClientHello with its cookie can send it again in the other's name. So a client of which we know no
@@ -4200,15 +4778,18 @@ static void hs_retransmit(struct association *a, int64_t now)
 {
     struct flight flight;
     errors_clear();
+    if (a->handshake->resends > 0 && wire_fall_back(&a->wire))
+        SSL_set_mtu(a->ssl, (long)wire_room(&a->wire));
     flight_begin(&a->wire, &flight, a->handshake->resends > 0);
     long r = DTLSv1_handle_timeout(a->ssl);
     flight_end(&a->wire);
     if (r > 0) {
         a->handshake->resends++;
+        a->conn->resends++;
         a->ep->counters.retransmissions++;
-        conn_log(a->conn, DTLS_LOG_DEBUG, "did not answer in time: flight sent again");
+        assoc_log(a, DTLS_LOG_DEBUG, "did not answer in time: flight sent again");
     } else if (r < 0 && !a->conn->server) { /* libssl gives up after 12; a client goes on until its deadline */
-        hs_begin_anew(a, now);
+        hs_begin_anew(a, false);
     } else if (r < 0) {
         hs_over(a, now);
     }
@@ -4216,9 +4797,10 @@ static void hs_retransmit(struct association *a, int64_t now)
 
 static const struct rule hs_rules[] = {{hs_over_at, hs_over},
                                        {hs_begin_at, hs_begin},
-                                       {hs_anew_at, hs_begin_anew},
+                                       {hs_next_at, hs_next},
+                                       {hs_anew_at, hs_replace},
                                        {hs_believed_at, hs_believed},
-                                       {hs_stalled_at, hs_begin_anew},
+                                       {hs_stalled_at, hs_stalled},
                                        {hs_retransmit_at, hs_retransmit},
                                        {NULL, NULL}};
 
@@ -4239,8 +4821,20 @@ static void hs_claim(struct association *a, int alert, const char *text)
  * and never where the system is short of buffers: the BSDs say that of a busy interface. */
 static void hs_socket_failed(struct association *a, int error)
 {
-    if (hs_under_way(a) && a->handshake->state == HS_ASKING && error != ENOBUFS && error != ENOMEM)
+    if (hs_under_way(a) && !a->conn->open && a->handshake->state == HS_ASKING && error != ENOBUFS && error != ENOMEM)
         hs_claim(a, NO_ALERT, strerror(error));
+}
+
+/* A flight has its answer. Only where it was sent once does that tell a round trip; otherwise at most how long one is. */
+static void hs_round_trip(struct association *a, int64_t took)
+{
+    dtls_conn *c = a->conn;
+    struct handshake *h = a->handshake;
+    took = took > 0 ? took : 1;
+    if (h->round_trip_us == 0 || took < h->round_trip_us)
+        h->round_trip_us = took;
+    if (h->resends == 0 && (c->round_trip_us == 0 || took < c->round_trip_us))
+        c->round_trip_us = took;
 }
 
 /* A ClientHello has its answer. That took a round trip, and longer if any was lost: the quickest tells most. */
@@ -4257,8 +4851,7 @@ static void hs_answered(struct association *a, const struct record *r)
     h->cookies = h->cookies || cookie; /* whatever else came before: somebody may have forged that */
     if (h->state == HS_FLIGHTS || (cookie && h->state == HS_COOKIE))
         return;
-    if (h->round_trip_us == 0 || took < h->round_trip_us)
-        h->round_trip_us = took;
+    hs_round_trip(a, took);
     h->asked_at = h->step_at = now;
     hs_become(a, cookie ? HS_COOKIE : HS_FLIGHTS);
 }
@@ -4270,7 +4863,7 @@ static struct guard hs_guard(const struct association *a)
     return (struct guard){.server = a->conn->server,
                           .asks = SSL_get_verify_mode(a->ssl) != SSL_VERIFY_NONE,
                           .tickets = !(SSL_get_options(a->ssl) & SSL_OP_NO_TICKET),
-                          .offers = a->conn->session != NULL,
+                          .offers = a->conn->dial && a->conn->dial->session,
                           .resumed = SSL_session_reused(a->ssl) == 1,
                           .chain_max = (unsigned)a->ep->cfg.max_chain_bytes,
                           .keyed = step == TLS_ST_SR_CHANGE || step == TLS_ST_CR_CHANGE,
@@ -4287,12 +4880,20 @@ static void hs_take(struct association *a, const struct record *r, bool keyed)
     if (record_is_server_hello(r))
         hs_answered(a, r);
     a->handshake->claim.made = false;
+    if (a->conn->server && !a->shown)
+        hs_round_trip(a, loop_now(a->ep->loop) - a->handshake->asked_at);
     source_shown(a);
     a->wire.in = r->start;
     a->wire.in_len = r->size;
     a->wire.in_renumber = r->epoch == 0;
     hs_drive(a);
     a->wire.in = NULL;
+}
+
+static void hs_drop(struct association *a, dtls_drop reason)
+{
+    a->handshake->dropped[reason]++;
+    ep_count(a->ep, reason);
 }
 
 /* A datagram that waited, up to the first record that gets to libssl. Each goes alone through the guard, since it may change
@@ -4302,7 +4903,7 @@ static size_t hs_work(struct association *a, const uint8_t *p, size_t n)
     struct record r;
     for (size_t at = 0; at < n && hs_under_way(a); at += r.size) {
         if (!record_parse(p + at, n - at, &r)) {
-            ep_count(a->ep, record_drop(p + at, n - at));
+            hs_drop(a, record_drop(p + at, n - at));
             return n; /* what follows cannot be found */
         }
         struct guard g = hs_guard(a);
@@ -4311,7 +4912,7 @@ static size_t hs_work(struct association *a, const uint8_t *p, size_t n)
             hs_take(a, &r, g.keyed);
             return at + r.size;
         }
-        ep_count(a->ep, verdict == GUARD_CLAIM ? DTLS_DROP_ALERT : (dtls_drop)verdict);
+        hs_drop(a, verdict == GUARD_CLAIM ? DTLS_DROP_ALERT : (dtls_drop)verdict);
         if (verdict == GUARD_CLAIM)
             hs_claim(a, r.body[1], SSL_alert_desc_string_long(r.body[1]));
     }
@@ -4340,33 +4941,7 @@ static void hs_input(struct association *a, const uint8_t *p, size_t n)
     hs_work(a, p, n); /* nothing in it gets to libssl */
 }
 
-static const struct phase hs_phase = {hs_rules, hs_input, hs_work};
-
-/* Beginnings. */
-
-/* False: no memory. The association's connection is there, and its addresses are set. */
-static bool hs_new(struct association *a)
-{
-    struct handshake *h = a->handshake = calloc(1, sizeof *h);
-    if (!h)
-        return false;
-    h->deadline = a->conn->started + us(a->ep->cfg.handshake_timeout_ms);
-    h->asked_at = h->step_at = a->used_at = a->conn->started;
-    h->earned = UNPROVEN_RESENDS;
-    a->phase = &hs_phase;
-    return true;
-}
-
-/* A client's first ClientHello. Not done: OpenSSL's error queue has the reason. */
-static bool hs_connect(struct association *a)
-{
-    hs_become(a, HS_ASKING);
-    int e = hs_advance(a); /* cannot be done before an answer */
-    if (e != SSL_ERROR_WANT_READ && e != SSL_ERROR_WANT_WRITE)
-        return false;
-    assoc_arm(a);
-    return true;
-}
+static const struct phase hs_phase = {hs_rules, hs_input, hs_work, hs_socket_failed};
 
 /* A server's, from the ClientHello whose cookie DTLSv1_listen found to be good. */
 static void hs_accept(struct association *a, const struct record *hello)
@@ -4374,6 +4949,68 @@ static void hs_accept(struct association *a, const struct record *hello)
     a->wire.in_sequence = hello->sequence + 1;
     DTLS_set_timer_cb(a->ssl, hs_retransmit_us); /* listening cleared it */
     assoc_fire(a);
+}
+
+/* Renewals: a client's open connection asks by one more handshake whether the peer is still there and still knows it. */
+
+/* 0 or an error; 0 also if one is under way. */
+static int hs_renew(dtls_conn *c, dtls_error *err)
+{
+    if (c->dial)
+        return 0;
+    struct dial *d = c->dial = calloc(1, sizeof *d);
+    if (!d)
+        return fail(err, DTLS_ERR_MEMORY, "out of memory");
+    d->since = c->renewed_at = loop_now(c->ep->loop);
+    d->addrs[0] = c->open->peer;
+    d->addrs_len = 1;
+    d->local = c->open->local;
+    d->session = SSL_get1_session(c->open->ssl);
+    c->paced = c->round_trip_us > 0;
+    int r = hs_dial(c, err);
+    if (r < 0)
+        hs_not_renewed(c, err->text);
+    errors_clear();
+    return r;
+}
+
+/* It asks when messages had no answer for unanswered_ms; at once where ICMP told that nobody is there, or where the last
+ * renewal had no answer either; but not again and again. */
+static int64_t hs_renew_at(const struct association *a)
+{
+    const dtls_conn *c = a->conn;
+    int ms = c->doubted ? 0 : c->ep->cfg.unanswered_ms;
+    if (c->server || c->dial || !c->unanswered || (ms <= 0 && !c->doubted))
+        return INT64_MAX;
+    int64_t rested = c->renewed_at ? c->renewed_at + us(RENEW_REST_MS) : INT64_MIN;
+    int64_t at = c->unanswered_at + us(ms);
+    return at > rested ? at : rested;
+}
+
+static void hs_renew_now(struct association *a, int64_t now)
+{
+    dtls_error err;
+    (void)now;
+    hs_renew(a->conn, &err);
+}
+
+static const struct rule open_rules[] = {{traffic_gone_at, traffic_gone},
+                                         {traffic_quiet_at, traffic_quiet},
+                                         {traffic_idle_at, traffic_idle},
+                                         {hs_renew_at, hs_renew_now},
+                                         {NULL, NULL}};
+
+static const struct phase open_phase = {open_rules, traffic_input, traffic_work, traffic_socket_failed};
+
+int dtls_conn_renew(dtls_conn *c)
+{
+    dtls_error err;
+    if (c->server || c->state != CONN_OPEN || c->ep->sending)
+        return DTLS_ERR_STATE;
+    loop_enter(c->ep->loop);
+    int r = hs_renew(c, &err);
+    loop_leave(c->ep->loop);
+    return r;
 }
 
 /* ==== 10. context ================================================================================================= */
@@ -4407,7 +5044,7 @@ static int config_check(dtls_config *cfg, dtls_error *err)
     config_default(&cfg->max_chain_bytes, 8192);
     config_default(&cfg->max_conns_per_address, cfg->max_conns / 2 + 1);
     config_default(&cfg->max_conns_per_identity, cfg->max_conns / 2 + 1);
-    if (cfg->mtu_bytes < 256 || cfg->mtu_bytes > 65535)
+    if (cfg->mtu_bytes < MTU_MIN || cfg->mtu_bytes > 65535)
         return fail(err, DTLS_ERR_ARG, "the MTU must be 256 to 65535 bytes");
     if (cfg->max_chain_bytes < 512 || cfg->max_chain_bytes > 65536)
         return fail(err, DTLS_ERR_ARG, "max_chain_bytes must be 512 to 65,536");
@@ -4802,11 +5439,14 @@ static bool ep_admit(struct association *a, const struct record *hello, struct a
     if (old && old->handshake)
         hs_give_way(old);
     bool good = !ep->closed && (replaces || ep_has_place(a, hello, s)) && ep_make_room(a, s, replaces);
-    dtls_conn *c = good ? conn_new(a, true) : NULL;
+    dtls_conn *c = good ? conn_new(ep, true) : NULL;
+    if (c)
+        conn_add_try(c, a);
     good = c && hs_new(a);
     if (good) {
         a->used_at = earlier(a->used_at, since); /* who begins again and again gets no time for it */
         source_join(a, s);
+        assoc_list(a);
         conn_list(c);
     } else if (c) {
         conn_destroy(&c->object);
@@ -4914,17 +5554,9 @@ static void ep_listening_failed(struct udp *u, int error)
     (void)u, (void)error; /* whoever it is about, others use this socket as well */
 }
 
-static void ep_own_input(struct udp *u, const uint8_t *p, size_t n, const dtls_addr *from, const dtls_addr *to)
+static void ep_listening_writable(struct udp *u)
 {
-    struct association *a = u->user.owner;
-    (void)from, (void)to;
-    a->ep->counters.datagrams_in++;
-    assoc_input(a, p, n);
-}
-
-static void ep_own_failed(struct udp *u, int error)
-{
-    hs_socket_failed(u->user.owner, error);
+    ep_tell_waiting(u->user.owner, u);
 }
 
 int dtls_endpoint_input(dtls_endpoint *ep, const void *data, size_t len, const dtls_addr *from, const dtls_addr *to)
@@ -4960,7 +5592,8 @@ static bool ep_covered(const dtls_endpoint *ep, const dtls_addr *a)
 static struct udp *ep_bind(dtls_endpoint *ep, const dtls_addr *a, dtls_error *err)
 {
     char text[DTLS_ADDR_TEXT];
-    const struct udp_user user = {ep_listening_input, ep_listening_failed, ep, &ep->counters, &ep->cfg};
+    const struct udp_user user = {
+        ep_listening_input, ep_listening_failed, ep_listening_writable, ep, &ep->counters, &ep->cfg};
     struct udp *u = udp_open(ep->loop, &user, &ep->sockets, a, NULL);
     int error = errno;
     if (!u)
@@ -5032,75 +5665,125 @@ int dtls_endpoint_listen(dtls_endpoint *ep, dtls_addr *a, dtls_error *err)
 
 /* Connecting. */
 
-/* A client's own socket, or none where the transport is the user's; its addresses. 0 or an error. */
-static int ep_open_path(struct association *a, const dtls_target *t, const char *text, dtls_error *err)
+/* A host name and port, or an address. 0 or an error. */
+static int ep_parse_host(const char *host, struct question *q, dtls_addr *addr, dtls_error *err)
 {
-    dtls_endpoint *ep = a->ep;
-    const struct udp_user user = {ep_own_input, ep_own_failed, a, &ep->counters, &ep->cfg};
-    if (!ep->cfg.send && !(a->udp = udp_open(ep->loop, &user, &ep->sockets, NULL, &t->peer)))
-        return fail(err, DTLS_ERR_SYSTEM, "%s: %s", text, strerror(errno));
-    assoc_set_addresses(a, &t->peer, a->udp ? &a->udp->local : &t->local);
-    return assoc_find(ep, &a->peer, &a->local) ? fail(err, DTLS_ERR_STATE, "%s: connected already", text) : 0;
+    const char *colon = strrchr(host, ':');
+    size_t n = colon ? (size_t)(colon - host) : 0;
+    uint32_t port = 0;
+    if (dtls_addr_parse(addr, host, err) == 0)
+        return 0;
+    memset(addr, 0, sizeof *addr);
+    if (n == 0 || n >= sizeof q->host || strchr(host, ':') != colon || host[0] == '[' ||
+        strspn(host, "0123456789.") == n)
+        return DTLS_ERR_ADDR; /* no host name: err still says what is wrong with the address */
+    if (addr_parse_number(colon + 1, UINT16_MAX, &port) < 0 || port == 0)
+        return fail(err, DTLS_ERR_ADDR, "%.100s: the port must be a number from 1 to 65535", host);
+    snprintf(q->host, sizeof q->host, "%.*s", (int)n, host);
+    snprintf(q->port, sizeof q->port, "%u", (unsigned)port);
+    return 0;
+}
+
+/* The host's addresses are there. */
+static void ep_resolved(void *user, const struct question *what, const struct answer *answer)
+{
+    dtls_conn *c = user;
+    struct dial *d = c->dial;
+    dtls_error err;
+    int error = answer->error;
+    d->lookup = NULL;
+    memcpy(d->addrs, answer->addrs, sizeof d->addrs);
+    d->addrs_len = answer->len;
+    if (error || answer->len == 0)
+        conn_end(c, DTLS_CLOSE_ERROR, "%.150s: %s", what->host,
+                 error == EAI_SYSTEM ? strerror(answer->system_error) : gai_strerror(error ? error : EAI_NONAME));
+    else if (hs_dial(c, &err) < 0)
+        conn_end(c, DTLS_CLOSE_ERROR, "%s", err.text);
+    errors_clear();
+}
+
+/* What the client expects and offers, and where. 0 or an error. */
+static int ep_set_target(dtls_conn *c, const dtls_target *t, struct question *q, dtls_error *err)
+{
+    struct dial *d = c->dial;
+    const char *name = t->name ? t->name : q->host[0] ? q->host : NULL;
+    int r = 0;
+    d->since = c->started;
+    d->local = t->local;
+    c->user = t->user;
+    c->round_trip_us = t->round_trip_us;
+    c->paced = t->round_trip_us > 0;
+    if (name && !(c->name = name_copy(name, &r)))
+        return fail(err, r, "%.100s: not a name to expect in a certificate", name);
+    if (t->session && SSL_SESSION_up_ref(t->session) == 1)
+        d->session = t->session;
+    return 0;
+}
+
+static int ep_start(dtls_conn *c, const dtls_addr *peer, const struct question *q, dtls_error *err)
+{
+    struct dial *d = c->dial;
+    if (!hs_try_new(c))
+        return fail(err, DTLS_ERR_MEMORY, "out of memory");
+    if (!q->host[0]) {
+        d->addrs[0] = *peer;
+        d->addrs_len = 1;
+        return hs_dial(c, err);
+    }
+    d->lookup = lookup_new(c->ep->loop, q, ep_resolved, c);
+    if (!d->lookup)
+        return fail(err, DTLS_ERR_SYSTEM, "%.100s: %s", q->host, strerror(errno));
+    assoc_arm(c->tries);
+    return 0;
 }
 
 /* What can be refused before anything is made. */
-static int ep_check_target(dtls_endpoint *ep, const dtls_target *t, const char *text, dtls_error *err)
+static int ep_check_target(dtls_endpoint *ep, const dtls_target *t, dtls_addr *peer, struct question *q,
+                           dtls_error *err)
 {
-    if (!ep->cfg.send && ((t->peer.family != 4 && t->peer.family != 6) || t->peer.port == 0))
+    char text[DTLS_ADDR_TEXT];
+    *peer = t->peer;
+    if (ep->sending || ep->closed)
+        return fail(err, DTLS_ERR_STATE, "not possible now");
+    if (t->host && ep->cfg.send)
+        return fail(err, DTLS_ERR_ARG, "%.100s: a transport of your own needs the peer's address", t->host);
+    if (t->host && ep_parse_host(t->host, q, peer, err) < 0)
+        return DTLS_ERR_ADDR;
+    dtls_addr_format(peer, text, sizeof text);
+    if (!ep->cfg.send && !q->host[0] && ((peer->family != 4 && peer->family != 6) || peer->port == 0))
         return fail(err, DTLS_ERR_ARG, "%s: no address to connect to", text);
     if (ep_check_purpose(ep, X509_PURPOSE_SSL_CLIENT, err) < 0)
         return DTLS_ERR_CERT;
     if (ep->counters.conns >= (size_t)ep->cfg.max_conns)
-        return fail(err, DTLS_ERR_LIMIT, "%s: %d connections are open already", text, ep->cfg.max_conns);
+        return fail(err, DTLS_ERR_LIMIT, "%s: %d connections are open already", q->host[0] ? q->host : text,
+                    ep->cfg.max_conns);
     return 0;
 }
 
-/* What the client expects and offers. 0 or an error. */
-static int ep_set_target(dtls_conn *c, const dtls_target *t, const char *text, dtls_error *err)
+/* Nobody heard of it yet. */
+static void ep_discard(dtls_conn *c)
 {
-    int r = 0;
-    c->user = t->user;
-    if (t->name && !(c->name = name_copy(t->name, &r)))
-        return fail(err, r, "%.100s: not a name to expect in a certificate", t->name);
-    if (t->session && SSL_SESSION_up_ref(t->session) == 1)
-        c->session = t->session;
-    if (!hs_be_client(c->trying, c->trying->ssl))
-        return fail(err, DTLS_ERR_TLS, "%s: OpenSSL does not take the name or the session", text);
-    return 0;
-}
-
-static int ep_start(dtls_conn *c, const dtls_target *t, const char *text, dtls_error *err)
-{
-    if (!hs_new(c->trying))
-        return fail(err, DTLS_ERR_MEMORY, "out of memory");
-    if (ep_open_path(c->trying, t, text, err) < 0 || ep_set_target(c, t, text, err) < 0)
-        return -1;
-    conn_list(c);
-    if (hs_connect(c->trying))
-        return 0;
-    conn_unlist(c, false);
-    const char *reason = ERR_reason_error_string(ERR_peek_last_error());
-    return fail(err, DTLS_ERR_TLS, "%s: OpenSSL: %s", text, reason ? reason : "no reason given");
+    while (c->tries)
+        hs_try_remove(c->tries);
+    dial_end(c);
+    loop_bury(c->ep->loop, &c->object);
 }
 
 dtls_conn *dtls_endpoint_connect(dtls_endpoint *ep, const dtls_target *t, dtls_error *err)
 {
-    char text[DTLS_ADDR_TEXT];
-    if (ep->sending || ep->closed) {
-        fail(err, DTLS_ERR_STATE, "not possible now");
-        return NULL;
-    }
-    if (ep_check_target(ep, t, dtls_addr_format(&t->peer, text, sizeof text), err) < 0)
+    struct question q = {.fd = -1};
+    dtls_addr peer;
+    if (ep_check_target(ep, t, &peer, &q, err) < 0)
         return NULL;
     loop_enter(ep->loop);
-    struct association *a = assoc_new(ep);
-    dtls_conn *c = a ? conn_new(a, false) : NULL;
-    if (!c)
+    dtls_conn *c = conn_new(ep, false);
+    if (!c || !(c->dial = calloc(1, sizeof *c->dial)))
         fail(err, DTLS_ERR_MEMORY, "out of memory");
-    if (a && (!c || ep_start(c, t, text, err) < 0)) {
-        assoc_end(a, DTLS_CLOSE_ERROR);
-        if (c)
-            loop_bury(ep->loop, &c->object);
+    bool good = c && c->dial && ep_set_target(c, t, &q, err) == 0 && ep_start(c, &peer, &q, err) == 0;
+    if (good) {
+        conn_list(c);
+    } else if (c) {
+        ep_discard(c);
         c = NULL;
     }
     errors_clear();
@@ -5171,14 +5854,6 @@ int dtls_endpoint_walk(dtls_endpoint *ep, void (*fn)(dtls_conn *conn, void *user
 void dtls_endpoint_counters(const dtls_endpoint *ep, dtls_counters *counters)
 {
     *counters = ep->counters;
-}
-
-const char *dtls_drop_name(dtls_drop reason)
-{
-    static const char *const names[DTLS_DROP_COUNT] = {"malformed", "oversize", "stranger", "hello", "limit",
-                                                       "epoch",     "short",    "alert",    "data",  "handshake",
-                                                       "early",     "send",     "DTLS 1.3", "CID"};
-    return (unsigned)reason < DTLS_DROP_COUNT ? names[reason] : "unknown";
 }
 
 void *dtls_endpoint_user(const dtls_endpoint *ep)
@@ -5291,6 +5966,7 @@ dtls_endpoint *dtls_endpoint_new(dtls_loop *l, const dtls_config *config, dtls_e
     *ep = (dtls_endpoint){.object = {.end = ep_end, .destroy = ep_destroy}, .loop = l, .cfg = *config};
     list_init(&ep->sockets);
     list_init(&ep->walks);
+    list_init(&ep->waiting);
     if (timer_init(l, &ep->kinds_timer, kinds_sum_up, ep) < 0) {
         free(ep);
         fail(err, DTLS_ERR_MEMORY, "out of memory");
@@ -5320,7 +5996,6 @@ dtls_endpoint *dtls_endpoint_new(dtls_loop *l, const dtls_config *config, dtls_e
 #include <ctype.h>
 #include <histedit.h>
 #include <locale.h>
-#include <netdb.h>
 #include <sys/ioctl.h>
 #include <termios.h>
 #include <wchar.h>
@@ -5338,12 +6013,11 @@ enum {
     LINGER_MS = 200,        /* after the last answer, for one more; at least */
     LINGER_OWED_MS = 2000,  /* for answers still missing */
     LOOK_MS = 50,           /* between looks at an input that cannot be watched and has nothing yet */
-    DIAL_ADDRS = 16,        /* resolved addresses that a client tries */
-    STAGGER_MS = 1000,      /* one address silent for so long: the next is tried beside it */
+    KEPT_LINES = 1024,      /* that wait for their answer, to be sent again or told of */
     BACKOFF_FIRST_MS = 500, /* before dialling again, doubling */
     BACKOFF_MAX_MS = 30000,
-    PROBE_MS = 5000, /* between probes of a silent server, at most */
-    PROBES = 3       /* unanswered before it counts as gone */
+    PROBE_MS = 700, /* between probes of a silent server, at most: a ping, then a new handshake beside it, too */
+    GONE_MS = 15000 /* of probes without any answer, at most: it counts as gone */
 };
 
 static const char usage_text[] =
@@ -5362,6 +6036,7 @@ static const char usage_text[] =
     "  --mtu BYTES             the link's MTU, 256 to 65535 (1500)\n"
     "  --idle-timeout SECONDS  server: a client silent for so long is gone; 0 never (120)\n"
     "  --keepalive SECONDS     client: ping a server silent for so long; 0 never (25)\n"
+    "  --unanswered SECONDS    client: lines had no answer for so long: ask by a new handshake; 0 never (0)\n"
     "  --max-clients N         server (4096)\n"
     "  -v, -q                  more (retransmissions, counters at the end), or only errors, on standard error\n"
     "\n"
@@ -5373,7 +6048,7 @@ struct options {
     const struct mode *mode;
     bool help, version;
     const char *certs, *cert, *key, *ca, *name;
-    int mtu, idle_timeout_ms, keepalive_ms, max_clients;
+    int mtu, idle_timeout_ms, keepalive_ms, unanswered_ms, max_clients;
     dtls_log level;
     char **addrs;
     int addrs_len;
@@ -5452,6 +6127,7 @@ static int option_parse(struct options *o, int argc, char **argv, int i, dtls_er
                                     {.name = "--name", .text = &o->name},
                                     {.name = "--idle-timeout", .seconds = &o->idle_timeout_ms},
                                     {.name = "--keepalive", .seconds = &o->keepalive_ms},
+                                    {.name = "--unanswered", .seconds = &o->unanswered_ms},
                                     {.name = "--mtu", .number = &o->mtu, .min = 256, .max = 65535},
                                     {.name = "--max-clients", .number = &o->max_clients, .min = 1, .max = 10000000},
                                     {.name = "-v", .level = &o->level, .to = DTLS_LOG_DEBUG},
@@ -5587,6 +6263,8 @@ struct message {
 struct command {
     const char *form; /* its name; then, if text must follow, a space and what help calls that text */
     void (*run)(dtls_conn *c, struct message text); /* c has sent it */
+    const char *answer;                             /* what its answer begins with; NULL: the text, all of it */
+    bool once; /* it may not be sent again where nobody knows whether it arrived: others would see it twice */
 };
 
 /* Several lines for one client, in messages of whole lines, each of a size that needs no IP fragmentation. */
@@ -5709,12 +6387,15 @@ static void command_bc(dtls_conn *c, struct message text)
     service_send_busy(c);
 }
 
-static const struct command commands[] = {{.form = "ping", .run = command_ping},      /* "pong" */
-                                          {.form = "echo TEXT", .run = service_send}, /* the text */
-                                          {.form = "whoami", .run = command_whoami},  /* the client's address */
-                                          {.form = "stats", .run = command_stats}, /* the clients and their traffic */
-                                          {.form = "bc TEXT", .run = command_bc},  /* the text, to every client */
-                                          {.form = NULL}};
+static const struct command commands[] = {
+    {.form = "ping", .run = command_ping, .answer = "pong"},
+    {.form = "echo TEXT", .run = service_send},
+    {.form = "whoami", .run = command_whoami, .answer = ""},      /* the client's address */
+    {.form = "stats", .run = command_stats, .answer = "users: "}, /* the clients and their traffic, in lines */
+    {.form = "bc TEXT", .run = command_bc, .once = true},         /* the text, to every client */
+    {.form = NULL}};
+
+static const char commands_intro[] = "commands: "; /* the answer to what is none */
 
 static void commands_list(char *list, size_t size)
 {
@@ -5743,10 +6424,28 @@ static const struct command *command_parse(const char *data, size_t len, struct 
     return NULL;
 }
 
+/* For the client: whether that may be the answer to this. */
+static bool command_is_answer(const char *line, size_t line_len, const char *data, size_t len)
+{
+    struct message text;
+    const struct command *command = command_parse(line, line_len, &text);
+    const char *begins = command ? command->answer : commands_intro;
+    if (begins)
+        return len >= strlen(begins) && memcmp(data, begins, strlen(begins)) == 0;
+    return len == text.len && memcmp(data, text.text, len) == 0;
+}
+
+static bool command_may_repeat(const char *line, size_t len)
+{
+    struct message text;
+    const struct command *command = command_parse(line, len, &text);
+    return !command || !command->once;
+}
+
 static void service_event(dtls_conn *c, dtls_event event, const void *data, size_t len)
 {
-    char list[LIST_BYTES] = "commands: ";
-    size_t start = strlen(list);
+    char list[LIST_BYTES];
+    size_t start = (size_t)snprintf(list, sizeof list, "%s", commands_intro);
     struct message text;
     if (event == DTLS_EV_CONNECTED)
         service_send_peer(c, "hello, ");
@@ -5839,6 +6538,7 @@ static int server_main(struct options *o)
 struct sink {
     int (*send)(void *user, const char *line, size_t len); /* as dtls_conn_send() */
     void (*end)(void *user);                               /* no more lines come */
+    void (*say)(void *user, dtls_log level, const char *line);
     void *user;
 };
 
@@ -6140,7 +6840,15 @@ static void editor_close(struct editor *e)
 }
 
 /* Line input: standard input that is no terminal, a message from each line. Only some lines at a time may wait for their
- * answers, so that a long file does not flood the network; the end waits for the last answers. */
+ * answers, so that a long file does not flood the network; the end waits for the last answers. Lines are kept until then:
+ * where the server was started again meanwhile, they are sent once more, or the user hears which may be lost. */
+
+struct kept {
+    struct kept *next;
+    unsigned long number;
+    size_t len;
+    char text[];
+};
 
 struct lines {
     struct sink sink;  /* send: DTLS_ERR_AGAIN if the line has to wait */
@@ -6153,7 +6861,10 @@ struct lines {
     size_t in_at, in_len, line_len; /* line_len may count beyond what is kept */
     bool line_ready;                /* the line is whole, and not sent yet */
     unsigned long count;            /* whole lines so far */
-    unsigned window, owed;          /* lines not answered: since the last pause, and in all */
+    unsigned window, owed;          /* lines not answered: since the last pause, and those kept: */
+    struct kept *kept, **kept_last; /* from the first to the last; */
+    struct kept *again;             /* from here on they have to be sent again */
+    unsigned long forgotten;        /* lines not answered before them; too many to be kept */
     int linger_ms, linger_least_ms; /* the wait at the end, 0 before; a round trip: no answer could come sooner */
 };
 
@@ -6169,6 +6880,89 @@ static void lines_linger(struct lines *l)
     }
 }
 
+static void lines_forget(struct lines *l, struct kept **at)
+{
+    struct kept *k = *at;
+    *at = k->next;
+    if (!*at)
+        l->kept_last = at;
+    if (l->again == k)
+        l->again = k->next;
+    l->owed--;
+    free(k);
+}
+
+static void lines_keep(struct lines *l, const char *text, size_t len)
+{
+    struct kept *k = l->owed < KEPT_LINES ? malloc(sizeof *k + len) : NULL;
+    if (!k) {
+        l->forgotten += 1 + l->owed;
+        while (l->kept)
+            lines_forget(l, &l->kept);
+        return;
+    }
+    *k = (struct kept){.number = l->count, .len = len};
+    memcpy(k->text, text, len);
+    *l->kept_last = k;
+    l->kept_last = &k->next;
+    l->owed++;
+}
+
+static bool kept_any(const struct kept *k)
+{
+    return k != NULL;
+}
+
+static bool kept_must_not_repeat(const struct kept *k)
+{
+    return k && !command_may_repeat(k->text, k->len);
+}
+
+/* Says which lines may be lost, and forgets them. */
+static void lines_lost(struct lines *l, dtls_log level, bool (*is_lost)(const struct kept *k))
+{
+    char text[LIST_BYTES] = "", part[64], line[2 * LIST_BYTES];
+    unsigned long n = l->forgotten;
+    for (struct kept **at = &l->kept; *at;) {
+        unsigned long first = (*at)->number, last = first;
+        if (!is_lost(*at)) {
+            at = &(*at)->next;
+            continue;
+        }
+        for (; is_lost(*at) && (*at)->number <= last + 1; n++) {
+            last = (*at)->number;
+            lines_forget(l, at);
+        }
+        snprintf(part, sizeof part, first == last ? "%lu" : "%lu to %lu", first, last);
+        text_append(text, sizeof text - sizeof part, ", ", part); /* a longer list is cut */
+    }
+    if (n == 0)
+        return;
+    snprintf(line, sizeof line, "dtls: %lu of %lu lines had no answer%s%s", n, l->count, *text ? ": " : "", text);
+    l->forgotten = 0;
+    l->sink.say(l->sink.user, level, line);
+}
+
+/* The server is another one now, or may be. What it did not answer goes out once more, where it is our service and that does
+ * no harm. */
+static void lines_repeat(struct lines *l, bool ours)
+{
+    unsigned owed = l->owed;
+    lines_lost(l, DTLS_LOG_ERROR, ours ? kept_must_not_repeat : kept_any);
+    l->status = l->owed < owed ? 1 : l->status;
+    l->again = l->kept;
+    l->window = 0;
+    l->linger_ms = 0;
+}
+
+static bool lines_send_again(struct lines *l)
+{
+    for (; l->again; l->again = l->again->next)
+        if (l->sink.send(l->sink.user, l->again->text, l->again->len) == DTLS_ERR_AGAIN)
+            return false;
+    return true;
+}
+
 /* False: the line has to wait. */
 static bool lines_send(struct lines *l)
 {
@@ -6180,7 +6974,7 @@ static bool lines_send(struct lines *l)
         if (l->window >= WINDOW_LINES || l->sink.send(l->sink.user, l->line, l->line_len) == DTLS_ERR_AGAIN)
             return false;
         l->window++;
-        l->owed++;
+        lines_keep(l, l->line, l->line_len);
     }
     l->line_ready = false;
     l->line_len = 0;
@@ -6206,7 +7000,7 @@ static bool lines_take(struct lines *l)
 /* Sends what it can, and sees to it that the rest follows. */
 static void lines_pump(struct lines *l)
 {
-    bool waits = false;
+    bool waits = !l->going || !lines_send_again(l);
     while (l->going && !waits && (l->line_ready || lines_take(l)))
         waits = !lines_send(l);
     if (!l->going)
@@ -6251,7 +7045,7 @@ static void lines_timer(void *user)
     struct lines *l = user;
     if (!l->going)
         return;
-    if (l->line_ready) {
+    if (l->line_ready || l->again) {
         l->window = 0; /* a server that does not answer each line holds nothing up */
         lines_pump(l);
     } else if (l->ended) {
@@ -6263,10 +7057,15 @@ static void lines_timer(void *user)
     }
 }
 
-static void lines_answered(struct lines *l)
+/* Our service's answer is that to a line which it fits; what fits none was somebody's broadcast. */
+static void lines_answered(struct lines *l, bool ours, const char *data, size_t len)
 {
+    struct kept **at = &l->kept;
+    while (*at && ours && !command_is_answer((*at)->text, (*at)->len, data, len))
+        at = &(*at)->next;
     l->window -= l->window > 0;
-    l->owed -= l->owed > 0;
+    if (*at)
+        lines_forget(l, at);
     lines_pump(l);
 }
 
@@ -6282,6 +7081,7 @@ static void lines_start(struct lines *l, int64_t round_trip_ms)
 /* The input is watched, unless the system refuses, as it does files and /dev/null: some of it only when asked to. */
 static bool lines_open(struct lines *l, dtls_loop *loop)
 {
+    l->kept_last = &l->kept;
     l->timer = dtls_timer_new(loop, lines_timer, l);
     l->watch = dtls_watch_new(loop, STDIN_FILENO, 0, lines_readable, l);
     if (l->watch && (dtls_watch_set(l->watch, DTLS_READ) != 0 || dtls_watch_set(l->watch, 0) != 0)) {
@@ -6291,125 +7091,75 @@ static bool lines_open(struct lines *l, dtls_loop *loop)
     return l->timer != NULL;
 }
 
-/* Dialling: the server's addresses in turn, the next when the last failed or is slow; the first to answer wins. */
+static void lines_close(struct lines *l)
+{
+    while (l->kept)
+        lines_forget(l, &l->kept);
+}
 
-struct dial {
-    dtls_endpoint *ep; /* the owner's; it passes on what becomes of the connections */
-    dtls_timer *timer; /* calls dial_go() for the next address, or for another round */
-    bool stopped;      /* the owner sets it: nothing is dialled or reported any more */
-    const char *name;  /* expected in the server's certificate; NULL: the address */
-    char host[256];
-    dtls_addr addrs[DIAL_ADDRS];
-    dtls_conn *tries[DIAL_ADDRS]; /* connections under way */
-    int addrs_len, addrs_tried, tries_len;
-    dtls_conn *conn;        /* the one that made it; NULL: none has, or it was lost */
-    SSL_SESSION *session;   /* to resume */
-    int backoff_ms;         /* the last wait; 0: none since a connection */
-    char why[REASON_BYTES]; /* it failed; if final, later failures of this round do not change it */
-    bool why_final;
+/* Calling the server: again after a while, if that failed or the connection was lost. */
 
-    void (*failed)(void *user); /* nobody answered, or the connection was lost: the time for dial_later() */
+struct call {
+    dtls_endpoint *ep; /* the owner's; it passes on what becomes of the connection */
+    dtls_timer *timer; /* calls call_go() for another round */
+    bool stopped;      /* the owner sets it: nobody is called any more, and nothing reported */
+    const char *host, *name;
+    dtls_conn *conn;       /* NULL: none now */
+    bool connected;        /* it is */
+    SSL_SESSION *session;  /* to resume */
+    int64_t round_trip_us; /* of the connection before */
+    int backoff_ms;        /* the last wait; 0: none since a connection */
+    char why[REASON_BYTES];
+    void (*failed)(void *user); /* the time for call_later() */
     void *user;
 };
 
-/* An address; or a host name and a port, for all its addresses. 0, DTLS_ERR_ADDR if it is neither, or an error. */
-static int dial_resolve(struct dial *d, const char *text, dtls_error *err)
+static void call_go(void *user)
 {
-    if (option_addr(text, &d->addrs[0], err)) {
-        d->addrs_len = 1;
-        return 0;
-    }
-    const char *colon = strrchr(text, ':');
-    size_t n = colon ? (size_t)(colon - text) : 0;
-    uint32_t port = 0;
-    if (n == 0 || n >= sizeof d->host || strchr(text, ':') != colon || text[0] == '[' ||
-        strspn(text, "0123456789.") == n)
-        return DTLS_ERR_ADDR; /* no host name: err still says what is wrong with the address */
-    if (addr_parse_number(colon + 1, UINT16_MAX, &port) < 0 || port == 0)
-        return fail(err, DTLS_ERR_ADDR, "%s: the port must be a number from 1 to 65535", text);
-    d->name = memcpy(d->host, text, n); /* the struct began zeroed */
-    struct addrinfo hints = {.ai_socktype = SOCK_DGRAM}, *list = NULL;
-    int r = getaddrinfo(d->host, colon + 1, &hints, &list);
-    if (r != 0)
-        return fail(err, DTLS_ERR_SYSTEM, "%s: %s", d->host, gai_strerror(r));
-    for (struct addrinfo *ai = list; ai && d->addrs_len < DIAL_ADDRS; ai = ai->ai_next)
-        if (dtls_addr_from_sockaddr(&d->addrs[d->addrs_len], ai->ai_addr, ai->ai_addrlen) == 0)
-            d->addrs_len++;
-    freeaddrinfo(list);
-    return 0;
-}
-
-/* Tries the next address that is left of this round. */
-static void dial_go(void *user)
-{
-    struct dial *d = user;
+    struct call *d = user;
     dtls_error err;
+    dtls_target t = {.host = d->host, .name = d->name, .session = d->session, .round_trip_us = d->round_trip_us};
     if (d->conn || d->stopped)
         return;
-    while (d->addrs_tried < d->addrs_len) {
-        dtls_target t = {.peer = d->addrs[d->addrs_tried++], .name = d->name, .session = d->session};
-        dtls_conn *c = dtls_endpoint_connect(d->ep, &t, &err);
-        if (c) {
-            d->tries[d->tries_len++] = c;
-            if (d->addrs_tried < d->addrs_len)
-                dtls_timer_set(d->timer, STAGGER_MS);
-            return;
-        }
-        const char *reason = strstr(err.text, ": "); /* behind the address, which is told anyway */
-        snprintf(d->why, sizeof d->why, "%.150s", reason ? reason + 2 : err.text);
-    }
-    if (d->tries_len == 0)
-        d->failed(d->user);
+    d->conn = dtls_endpoint_connect(d->ep, &t, &err);
+    if (d->conn)
+        return;
+    const char *reason = strstr(err.text, ": "); /* behind the address, which is told anyway */
+    snprintf(d->why, sizeof d->why, "%.150s", reason ? reason + 2 : err.text);
+    d->failed(d->user);
 }
 
-/* Goes on after a while, longer each time, with another round if this one is over; returns the milliseconds. */
-static int dial_later(struct dial *d)
+/* Another round after a while, longer each time; returns the milliseconds. */
+static int call_later(struct call *d)
 {
-    if (d->addrs_tried == d->addrs_len) {
-        d->addrs_tried = 0;
-        d->why_final = false;
-    }
     d->backoff_ms = d->backoff_ms == 0 ? BACKOFF_FIRST_MS : d->backoff_ms * 2;
     d->backoff_ms = d->backoff_ms < BACKOFF_MAX_MS ? d->backoff_ms : BACKOFF_MAX_MS;
     dtls_timer_set(d->timer, d->backoff_ms);
     return d->backoff_ms;
 }
 
-static void dial_forget(struct dial *d, const dtls_conn *c)
+/* DTLS_EV_CONNECTED and DTLS_EV_RENEWED */
+static void call_connected(struct call *d)
 {
-    for (int i = 0; i < d->tries_len; i++)
-        if (d->tries[i] == c)
-            d->tries[i] = d->tries[--d->tries_len];
-}
-
-/* DTLS_EV_CONNECTED */
-static void dial_connected(struct dial *d, dtls_conn *c)
-{
-    dial_forget(d, c);
-    d->conn = c;
-    while (d->tries_len > 0) /* the other addresses were slower; each comes back through dial_closed() */
-        dtls_conn_close(d->tries[0]);
+    dtls_info info;
+    dtls_conn_info(d->conn, &info);
+    d->connected = true;
     d->backoff_ms = 0;
+    d->round_trip_us = info.round_trip_us;
     SSL_SESSION_free(d->session);
-    d->session = dtls_conn_session(c);
+    d->session = dtls_conn_session(d->conn);
 }
 
 /* DTLS_EV_CLOSED */
-static void dial_closed(struct dial *d, dtls_conn *c)
+static void call_closed(struct call *d)
 {
-    if (!d->why_final) /* of several addresses' reasons, that of a server that answered */
-        snprintf(d->why, sizeof d->why, "%s", dtls_conn_reason_text(c));
-    d->why_final = d->why_final || dtls_conn_reason(c) == DTLS_CLOSE_VERIFY;
-    if (dtls_conn_reason(c) == DTLS_CLOSE_ERROR) {
+    snprintf(d->why, sizeof d->why, "%s", dtls_conn_reason_text(d->conn));
+    if (dtls_conn_reason(d->conn) == DTLS_CLOSE_ERROR) {
         SSL_SESSION_free(d->session); /* it may be what went wrong */
         d->session = NULL;
     }
-    if (c != d->conn) {
-        dial_forget(d, c);
-        dial_go(d);
-        return;
-    }
     d->conn = NULL;
+    d->connected = false;
     if (!d->stopped)
         d->failed(d->user);
 }
@@ -6419,7 +7169,7 @@ static void dial_closed(struct dial *d, dtls_conn *c)
 struct client {
     const struct options *options;
     dtls_loop *loop;
-    struct dial dial;
+    struct call call;
     bool on_terminal; /* then the editor is the input, otherwise the lines */
     struct editor editor;
     struct lines lines;
@@ -6465,7 +7215,7 @@ static void client_finish(struct client *cl, int status)
         return;
     cl->finished = true;
     cl->status = status ? status : cl->lines.status;
-    cl->dial.stopped = true;
+    cl->call.stopped = true;
     cl->lines.going = false;
     dtls_loop_stop(cl->loop);
 }
@@ -6479,18 +7229,14 @@ static void client_signal(void *user, int signo)
 static void client_input_end(void *user)
 {
     struct client *cl = user;
-    char text[64];
-    if (cl->lines.owed) {
-        snprintf(text, sizeof text, "dtls: %u of %lu lines had no answer", cl->lines.owed, cl->lines.count);
-        client_log(cl, DTLS_LOG_WARNING, text);
-    }
+    lines_lost(&cl->lines, DTLS_LOG_WARNING, kept_any);
     client_finish(cl, 0);
 }
 
 static int client_send(void *user, const char *line, size_t len)
 {
     struct client *cl = user;
-    int r = cl->dial.conn ? dtls_conn_send(cl->dial.conn, line, len) : DTLS_ERR_STATE;
+    int r = cl->call.connected ? dtls_conn_send(cl->call.conn, line, len) : DTLS_ERR_STATE;
     if (r != DTLS_ERR_AGAIN && is_text(line, len, "ping"))
         cl->probes = 0; /* from now on a pong may be the user's */
     return r;
@@ -6501,11 +7247,12 @@ static void client_failed(void *user)
     struct client *cl = user;
     char text[96];
     if (cl->on_terminal) {
-        snprintf(text, sizeof text, "reconnecting in %.1f s", dial_later(&cl->dial) / 1000.0);
+        snprintf(text, sizeof text, "reconnecting in %.1f s", call_later(&cl->call) / 1000.0);
         client_log(cl, DTLS_LOG_INFO, text);
     } else {
         fprintf(stderr, "dtls: %s: %s: %s\n", cl->options->addrs[0],
-                cl->was_connected ? "connection lost" : "could not connect", cl->dial.why);
+                cl->was_connected ? "connection lost" : "could not connect", cl->call.why);
+        lines_lost(&cl->lines, DTLS_LOG_ERROR, kept_any);
         client_finish(cl, 1);
     }
 }
@@ -6513,13 +7260,33 @@ static void client_failed(void *user)
 static void client_connected(struct client *cl, dtls_conn *c)
 {
     dtls_info info;
-    dial_connected(&cl->dial, c);
+    call_connected(&cl->call);
     cl->probes = 0;
     cl->greeted = false;
     cl->was_connected = true;
     dtls_conn_info(c, &info);
     if (!cl->on_terminal)
         lines_start(&cl->lines, info.age_ms); /* a handshake takes at least two round trips */
+}
+
+static void client_renewed(struct client *cl)
+{
+    bool ours = cl->greeted;
+    call_connected(&cl->call);
+    cl->probes = 0;
+    cl->greeted = false;
+    if (!cl->on_terminal && !cl->finished) {
+        lines_repeat(&cl->lines, ours);
+        lines_pump(&cl->lines);
+    }
+}
+
+/* The server is silent, or idle: a ping tells. Where it does not answer that, either, it may have been started again. */
+static void client_idle(struct client *cl, dtls_conn *c)
+{
+    if (cl->probes > 0)
+        dtls_conn_renew(c);
+    cl->probes += dtls_conn_send(c, "ping", 4) == 0;
 }
 
 static void client_message(struct client *cl, const char *data, size_t len)
@@ -6535,7 +7302,7 @@ static void client_message(struct client *cl, const char *data, size_t len)
     } else if (fwrite(data, 1, len, stdout) != len || putchar('\n') == EOF || fflush(stdout) != 0) {
         client_finish(cl, complain(1, "standard output cannot be written"));
     } else {
-        lines_answered(&cl->lines);
+        lines_answered(&cl->lines, cl->greeted, data, len);
     }
 }
 
@@ -6544,12 +7311,16 @@ static void client_event(dtls_conn *c, dtls_event event, const void *data, size_
     struct client *cl = dtls_endpoint_user(dtls_conn_endpoint(c));
     if (event == DTLS_EV_CONNECTED)
         client_connected(cl, c);
-    else if (event == DTLS_EV_MESSAGE && c == cl->dial.conn)
+    else if (event == DTLS_EV_RENEWED)
+        client_renewed(cl);
+    else if (event == DTLS_EV_MESSAGE)
         client_message(cl, data, len);
     else if (event == DTLS_EV_IDLE)
-        cl->probes += dtls_conn_send(c, "ping", 4) == 0;
+        client_idle(cl, c);
+    else if (event == DTLS_EV_WRITABLE && !cl->on_terminal)
+        lines_pump(&cl->lines);
     else if (event == DTLS_EV_CLOSED)
-        dial_closed(&cl->dial, c);
+        call_closed(&cl->call);
 }
 
 static int client_open_input(struct client *cl)
@@ -6566,24 +7337,35 @@ static int client_open_input(struct client *cl)
 static int client_run(struct client *cl)
 {
     const struct options *o = cl->options;
-    int probe_ms = o->keepalive_ms < PROBE_MS ? o->keepalive_ms : PROBE_MS;
+    int ms = o->keepalive_ms;
     dtls_config cfg = {.on_event = client_event, .on_log = client_log, .user = cl};
-    cfg.idle_ms = o->keepalive_ms;
-    cfg.idle_repeat_ms = probe_ms > 0 ? probe_ms : PROBE_MS;
-    cfg.idle_timeout_ms = o->keepalive_ms == DTLS_NEVER ? DTLS_NEVER : o->keepalive_ms + PROBES * probe_ms;
-    dtls_endpoint *ep = cl->dial.ep = program_endpoint(cl->loop, o, &cfg);
+    cfg.idle_ms = ms;
+    cfg.idle_repeat_ms = ms > 0 && ms < PROBE_MS ? ms : PROBE_MS;
+    cfg.idle_timeout_ms = ms == DTLS_NEVER ? DTLS_NEVER : ms < GONE_MS / 3 ? 4 * ms : ms + GONE_MS;
+    cfg.unanswered_ms = o->unanswered_ms;
+    dtls_endpoint *ep = cl->call.ep = program_endpoint(cl->loop, o, &cfg);
     if (!ep)
         return 1;
-    cl->dial.timer = dtls_timer_new(cl->loop, dial_go, &cl->dial);
-    if (!cl->dial.timer || !program_signals(cl->loop, client_signal, cl))
+    cl->call.timer = dtls_timer_new(cl->loop, call_go, &cl->call);
+    if (!cl->call.timer || !program_signals(cl->loop, client_signal, cl))
         return complain(1, strerror(errno));
     if (client_open_input(cl) != 0)
         return 1;
-    dial_go(&cl->dial);
+    call_go(&cl->call);
     int status = dtls_loop_run(cl->loop) == 0 ? cl->status : complain(1, strerror(errno));
     if (o->level == DTLS_LOG_DEBUG && !cl->on_terminal)
         program_counters(ep);
     return status;
+}
+
+/* Whether there is anybody to call: before anything else is wrong. */
+static int client_check(const char *host, dtls_error *err)
+{
+    struct question q = {.fd = -1};
+    dtls_addr a;
+    if (ep_parse_host(host, &q, &a, err) < 0)
+        return DTLS_ERR_ADDR;
+    return q.host[0] || option_addr(host, &a, err) ? 0 : DTLS_ERR_ADDR;
 }
 
 static int client_main(struct options *o)
@@ -6593,22 +7375,24 @@ static int client_main(struct options *o)
     if (!cl)
         return complain(1, "out of memory");
     cl->options = o;
-    cl->lines.sink = cl->editor.sink = (struct sink){.send = client_send, .end = client_input_end, .user = cl};
-    cl->dial.failed = client_failed;
-    cl->dial.user = cl;
-    int status, r = dial_resolve(&cl->dial, o->addrs[0], &err);
-    if (o->name)
-        cl->dial.name = o->name;
+    cl->lines.sink = cl->editor.sink =
+        (struct sink){.send = client_send, .end = client_input_end, .say = client_log, .user = cl};
+    cl->call.failed = client_failed;
+    cl->call.user = cl;
+    cl->call.host = o->addrs[0];
+    cl->call.name = o->name;
+    int status, r = client_check(o->addrs[0], &err);
     cl->loop = r == 0 ? dtls_loop_new(NULL) : NULL;
     if (r < 0)
-        status = complain(r == DTLS_ERR_ADDR ? EXIT_USAGE : 1, err.text);
+        status = complain(EXIT_USAGE, err.text);
     else
         status = cl->loop ? client_run(cl) : complain(1, strerror(errno));
-    cl->finished = cl->dial.stopped = true; /* also where client_run() gave up early */
+    cl->finished = cl->call.stopped = true; /* also where client_run() gave up early */
     dtls_loop_free(cl->loop);
     if (cl->on_terminal)
         editor_close(&cl->editor);
-    SSL_SESSION_free(cl->dial.session);
+    SSL_SESSION_free(cl->call.session);
+    lines_close(&cl->lines);
     free(cl);
     return status;
 }

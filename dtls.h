@@ -20,7 +20,8 @@
  *   conn      one DTLS association with one peer. You get messages from it and send messages to it.
  *
  * So: dtls_loop_new(), a dtls_config with files and on_event, dtls_endpoint_new(), then dtls_endpoint_listen() or
- * dtls_endpoint_connect(), then dtls_loop_run(). Compile dtls.c along with your own files and link -lssl -lcrypto.
+ * dtls_endpoint_connect(), then dtls_loop_run(). Compile dtls.c along with your own files and link -lssl
+ * -lcrypto, with -pthread.
  *
  * Threads: a loop and everything made on it belong to one thread, the one that polls it. The only call for other
  * threads is dtls_loop_post(). Loops share nothing, so several of them in several threads are independent.
@@ -115,6 +116,9 @@ int dtls_addr_equal(const dtls_addr *a, const dtls_addr *b);
 /* From a sockaddr_in or sockaddr_in6 of len bytes. Returns 0 or DTLS_ERR_ADDR. Any thread. */
 int dtls_addr_from_sockaddr(dtls_addr *addr, const struct sockaddr *sa, size_t len);
 
+/* To a sockaddr_in or sockaddr_in6, size bytes at most. Returns its length; 0: no address, or no room. Any thread. */
+size_t dtls_addr_to_sockaddr(const dtls_addr *addr, struct sockaddr *sa, size_t size);
+
 /* ---- loop -------------------------------------------------------------------------------------------------------- */
 
 typedef struct dtls_loop_config {
@@ -184,8 +188,13 @@ void dtls_timer_free(dtls_timer *timer);                  /* NULL is fine */
 typedef enum dtls_event {
     DTLS_EV_CONNECTED, /* handshake done, peer verified; sending is possible from now on */
     DTLS_EV_MESSAGE,   /* data, len: one whole message, valid during the call */
-    DTLS_EV_IDLE,      /* nothing authentic came for idle_ms: a time to probe; repeated every idle_repeat_ms */
-    DTLS_EV_CLOSED     /* the last event, exactly once: see dtls_conn_reason(). The conn is gone after the call. */
+    DTLS_EV_IDLE, /* nothing authentic came for idle_ms: a time to probe, by a message that the peer answers or by */
+                  /* dtls_conn_renew(); repeated every idle_repeat_ms */
+    DTLS_EV_WRITABLE, /* after DTLS_ERR_AGAIN: there is room again. Not with a transport of your own */
+    DTLS_EV_RENEWED, /* a client's: another handshake is done, and the connection goes on with what that made (another */
+    /* local port, or other keys). What the peer had not answered by then may be lost, most of all if */
+    /* it was started again */
+    DTLS_EV_CLOSED /* the last event, exactly once: see dtls_conn_reason(). The conn is gone after the call. */
 } dtls_event;
 
 typedef enum dtls_log { DTLS_LOG_ERROR, DTLS_LOG_WARNING, DTLS_LOG_INFO, DTLS_LOG_DEBUG } dtls_log;
@@ -217,7 +226,9 @@ typedef struct dtls_config {
     int idle_ms;              /* silence before DTLS_EV_IDLE; 0 and DTLS_NEVER: no such event */
     int idle_repeat_ms;       /* 5,000: between repeated DTLS_EV_IDLE */
     int idle_timeout_ms;      /* 120,000: silence after which the peer counts as gone; or DTLS_NEVER */
-    int cookie_ms;            /* 60,000: a cookie secret is used for so long, and stays valid as long again */
+    int unanswered_ms; /* a client's: something was sent, and for so long nothing authentic came: it asks by another */
+                       /* handshake, see dtls_conn_renew(). For traffic that goes one way. 0 and DTLS_NEVER: no */
+    int cookie_ms;     /* 60,000: a cookie secret is used for so long, and stays valid as long again */
 
     /* Sizes and limits. */
     int mtu_bytes; /* 1,500: the link's MTU with IP and UDP headers, 256 to 65,535; sizes handshake flights */
@@ -251,13 +262,18 @@ int dtls_endpoint_listen(dtls_endpoint *ep, dtls_addr *addr, dtls_error *err);
 
 typedef struct dtls_target {
     dtls_addr peer;
+    const char
+        *host; /* instead of peer: "name:port", or an address as in dtls_addr_parse(). A name is looked up each time, */
+               /* in a thread of its own (getaddrinfo()); its addresses, 8 at most, are tried 250 ms apart, the next */
+               /* at once where one fails, and the first to complete is taken (RFC 8305). Copied. */
     dtls_addr local;  /* with a transport of your own: the address to send from; otherwise left zero */
     const char *name; /* DNS name or IP that the server's certificate must have in its subjectAltName; */
-                      /* NULL: the IP of peer. Copied. */
+                      /* NULL: the name in host, or the IP of peer. Copied. */
     struct ssl_session_st
-        *session; /* from dtls_conn_session(), to resume; NULL: full handshake. Stays yours. One that */
-                  /* cannot be resumed, with this name, leads to a full handshake. */
-    void *user;   /* for dtls_conn_user() */
+        *session;          /* from dtls_conn_session(), to resume; NULL: full handshake. Stays yours. One that */
+                           /* cannot be resumed, with this name, leads to a full handshake. */
+    void *user;            /* for dtls_conn_user() */
+    int64_t round_trip_us; /* what dtls_info had of an earlier connection to there; 0: not known */
 } dtls_target;
 
 /* Starts a connection; DTLS_EV_CONNECTED or DTLS_EV_CLOSED tells how it went, never before this call returns. NULL: it
@@ -350,6 +366,9 @@ typedef struct dtls_info {
     int resumed;                       /* 1: the handshake was abbreviated */
     int64_t age_ms;                    /* since the first datagram or dtls_endpoint_connect() */
     int64_t silent_ms;                 /* since the last authentic message, or since connecting */
+    int64_t round_trip_us;             /* the quickest answer that the handshakes saw; 0: not known */
+    uint64_t resends;                  /* flights of its handshakes that were sent again: the path loses, or is slow */
+    unsigned renewals;                 /* DTLS_EV_RENEWED so far */
     uint64_t messages_in, messages_out, bytes_in, bytes_out; /* application data */
 } dtls_info;
 
@@ -363,6 +382,16 @@ int dtls_conn_send(dtls_conn *conn, const void *data, size_t len);
 /* The largest message that needs no IP fragmentation, as far as the handshake found out (DTLS_get_data_mtu), and that the
  * peer takes; 0 before it is done. */
 size_t dtls_conn_payload_max(const dtls_conn *conn);
+
+/* A client's: asks whether the peer is still there, in a way that every server and every application protocol has: by
+ * another handshake, which resumes the session if the peer remembers it, from another local port (from the same address with
+ * a transport of your own, which only a server understands that does as RFC 6347 section 4.2.8 says). Until it is done the
+ * connection goes on as it is; then DTLS_EV_RENEWED is raised and the old association gets a close_notify. One that is not
+ * done within handshake_timeout_ms changes nothing: a peer that serves one client at a time cannot answer it. The library
+ * does this itself after unanswered_ms, and when ICMP tells that nobody listens there any more (which anybody can forge, so
+ * it ends nothing), every 5 s at most. Returns 0, also if one is under way; DTLS_ERR_STATE if it is no client's or not
+ * connected; or an error of dtls_endpoint_connect(). */
+int dtls_conn_renew(dtls_conn *conn);
 
 /* Sends close_notify once, raises DTLS_EV_CLOSED before it returns, and lets go; never waits. */
 void dtls_conn_close(dtls_conn *conn);

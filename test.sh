@@ -132,33 +132,34 @@ export CERTS_DIR="$scratch/certs"
 
 mkdir -p tests/build
 libssl=$(pkg-config --cflags --libs openssl 2>/dev/null) || libssl='-lssl -lcrypto'
+libssl="-pthread $libssl"
 libedit=$(pkg-config --cflags --libs libedit 2>/dev/null) || libedit=-ledit
-if wanted unit; then build unit "$sanitize" tests/unit.c -pthread $libssl $libedit; fi
-if wanted edges; then build edges "$sanitize" tests/edges.c dtls.c -pthread $libssl; fi
-if wanted odd; then build odd "$sanitize" tests/odd.c dtls.c -pthread $libssl; fi
+if wanted unit; then build unit "$sanitize" tests/unit.c $libssl $libedit; fi
+if wanted edges; then build edges "$sanitize" tests/edges.c dtls.c $libssl; fi
+if wanted odd; then build odd "$sanitize" tests/odd.c dtls.c $libssl; fi
 if wanted standards; then build standards "$sanitize" tests/standards.c dtls.c $libssl; fi
 if wanted keyholder; then build keyholder "$sanitize" tests/keyholder.c dtls.c $libssl; fi
-if wanted memory; then build memory "$sanitize" tests/memory.c dtls.c -pthread $libssl; fi
-if wanted loops; then build loops "$sanitize" tests/loops.c dtls.c -pthread $libssl; fi
+if wanted memory; then build memory "$sanitize" tests/memory.c dtls.c $libssl; fi
+if wanted loops; then build loops "$sanitize" tests/loops.c dtls.c $libssl; fi
 if wanted simulate; then
     build simulate "$sanitize" tests/simulate.c dtls.c $libssl
     build simulate-fast -O2 tests/simulate.c dtls.c $libssl
 fi
 if wanted faults; then
     wraps=$(sed -n 's/^ \* wrap: //p' tests/faults.c | tr ' ' '\n' | sed 's/^/-Wl,--wrap=/')
-    build faults "$sanitize" tests/faults.c dtls.c -pthread $wraps $libssl
-    build faults-fast '-O2 -g' tests/faults.c dtls.c -pthread $wraps $libssl
+    build faults "$sanitize" tests/faults.c dtls.c $wraps $libssl
+    build faults-fast '-O2 -g' tests/faults.c dtls.c $wraps $libssl
 fi
 backends=
 if wanted backend && [ "$(uname)" = Linux ]; then
     for name in edges loops; do
         for variant in '' -DKQUEUE_WITHOUT_USER -DKQUEUE_OF_MACOS; do
-            build kqueue-$name$variant "$sanitize $kqueue $variant" tests/$name.c dtls.c -pthread $libssl
+            build kqueue-$name$variant "$sanitize $kqueue $variant" tests/$name.c dtls.c $libssl
             backends="$backends kqueue-$name$variant"
         done
     done
 fi
-if wanted threads; then build threads "$races" tests/loops.c dtls.c -pthread $libssl; fi
+if wanted threads; then build threads "$races" tests/loops.c dtls.c $libssl; fi
 if wanted dropin || wanted e2e || wanted peers || wanted hostile; then build dtls "$sanitize" -DDTLS_MAIN dtls.c $libssl $libedit; fi
 if wanted valgrind; then build dtls-plain '-O1 -g' -DDTLS_MAIN dtls.c $libssl $libedit; fi
 wait

@@ -24,7 +24,7 @@ build=tests/build
 mkdir -p $build
 cc=${CC:-cc}
 cflags="-std=c11 -O2 ${CFLAGS-}"
-libssl=$(pkg-config --cflags --libs openssl 2>/dev/null || echo -lssl -lcrypto)
+libssl="-pthread $(pkg-config --cflags --libs openssl 2>/dev/null || echo -lssl -lcrypto)"
 libedit=$(pkg-config --cflags --libs libedit 2>/dev/null || echo -ledit)
 
 CERTS_DIR=$build/bench-certs

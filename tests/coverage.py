@@ -35,7 +35,7 @@ def pkg_config(package, otherwise):
     return shlex.split(found.stdout.decode()) if found.returncode == 0 else otherwise
 
 
-LIBSSL = pkg_config("openssl", ["-lssl", "-lcrypto"])
+LIBSSL = ["-pthread", *pkg_config("openssl", ["-lssl", "-lcrypto"])]
 LIBEDIT = pkg_config("libedit", ["-ledit"])
 
 

@@ -99,7 +99,7 @@ link() {
 
 cc=${CC:-cc}
 cflags="$(pkg-config --cflags openssl 2>/dev/null) $(pkg-config --cflags libedit 2>/dev/null)"
-libs=$(pkg-config --libs openssl 2>/dev/null || echo -lssl -lcrypto)
+libs="-pthread $(pkg-config --libs openssl 2>/dev/null || echo -lssl -lcrypto)"
 libs="$libs $(pkg-config --libs libedit 2>/dev/null || echo -ledit)"
 get_zig
 copy_headers

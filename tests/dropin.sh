@@ -12,7 +12,7 @@ cxx=${CXX:-c++}
 flags=${DROPIN_FLAGS:-}
 strict='-std=c11 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror'
 posix=-D_POSIX_C_SOURCE=200809L # for pages alone: dtls.c asks for what it needs
-libssl=$(pkg-config --cflags --libs openssl 2>/dev/null || echo -lssl -lcrypto)
+libssl="-pthread $(pkg-config --cflags --libs openssl 2>/dev/null || echo -lssl -lcrypto)"
 libuv=$(pkg-config --cflags --libs libuv 2>/dev/null || echo -luv)
 libev=-lev
 scratch=$(mktemp -d) || exit 1
@@ -95,7 +95,7 @@ print(s.getsockname()[1])')
     echo 'ok - drop-in echoes'
 
     block 'drop-in client' >client.c
-    $cc -O2 -o client client.c dtls.c -lssl -lcrypto >build.log 2>&1 || {
+    $cc -O2 -o client client.c dtls.c -lssl -lcrypto -pthread >build.log 2>&1 || {
         cat build.log
         fail 'drop-in client compiles' 'see above'
         return

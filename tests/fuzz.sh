@@ -28,6 +28,7 @@ trap '[ -z "$fuzzer" ] || kill "$fuzzer"; exit 1' HUP INT TERM
 flags='-std=gnu11 -g -O1 -fno-omit-frame-pointer'
 sanitize='-fsanitize=address,undefined -fno-sanitize-recover=all'
 libssl=$(pkg-config --cflags --libs openssl 2>/dev/null) || libssl='-lssl -lcrypto'
+libssl="-pthread $libssl"
 libedit=$(pkg-config --cflags --libs libedit 2>/dev/null) || libedit=-ledit
 # A quarantine for a few executions: the default one makes a process of 70 MB one of 340.
 export ASAN_OPTIONS="${ASAN_OPTIONS:-detect_leaks=1}:quarantine_size_mb=8:max_free_fill_size=0"

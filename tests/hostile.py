@@ -63,9 +63,9 @@ class Fast:
             if not cls.folder:
                 cls.folder = pathlib.Path(tempfile.mkdtemp(prefix="dtls-hostile-bin-"))
                 FOLDERS.add(str(cls.folder))
-                for name_, words in (("dtls", ["-DDTLS_MAIN", "dtls.c", *flags("openssl", "-lssl", "-lcrypto"),
+                for name_, words in (("dtls", ["-DDTLS_MAIN", "dtls.c", "-pthread", *flags("openssl", "-lssl", "-lcrypto"),
                                                *flags("libedit", "-ledit")]),
-                                     ("crowd", ["tests/crowd.c", "dtls.c", *flags("openssl", "-lssl", "-lcrypto")]),
+                                     ("crowd", ["tests/crowd.c", "dtls.c", "-pthread", *flags("openssl", "-lssl", "-lcrypto")]),
                                      ("storm", ["tests/storm.c", *flags("openssl", "-lssl", "-lcrypto")])):
                     subprocess.run([*CC, "-O2", "-I.", "-o", cls.folder / name_, *words],
                                    cwd=ROOT, check=True)

@@ -30,7 +30,7 @@ header() { # name, compiler with flags, source suffix, headers...
 }
 
 cflags=$(pkg-config --cflags openssl 2>/dev/null)
-libssl=$(pkg-config --cflags --libs openssl 2>/dev/null || echo -lssl -lcrypto)
+libssl="-pthread $(pkg-config --cflags --libs openssl 2>/dev/null || echo -lssl -lcrypto)"
 strict='-std=c11 -pedantic -Wall -Wextra -Wshadow -Wconversion -Werror'
 result 'dtls.c compiles without any flag' "$(said $cc -c -o "$scratch/dtls.o" $cflags dtls.c)"
 if [ -e "$scratch/dtls.o" ]; then
