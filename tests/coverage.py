@@ -54,6 +54,7 @@ def programs(certs):
     yield make("edges", "tests/edges.c")
     yield make("odd", "tests/odd.c")
     yield make("standards", "tests/standards.c")
+    yield make("anew", "tests/anew.c")
     yield make("keyholder", "tests/keyholder.c", command=[str(BUILD / "keyholder/program")])
     yield make("memory", "tests/memory.c")
     yield make("loops", "tests/loops.c")

@@ -22,7 +22,7 @@ struct side {
     dtls_loop *loop;
     dtls_endpoint *ep;
     dtls_conn *conn; /* the last one, until it closes */
-    int connected, messages, closed, idle, resumed;
+    int connected, renewed, messages, closed, idle, writable, resumed;
     dtls_reason reason;
     char peer_name[300], reason_text[256];
     char last[64]; /* message, or its beginning */
@@ -94,6 +94,13 @@ static inline void on_event(dtls_conn *conn, dtls_event event, const void *data,
         break;
     case DTLS_EV_IDLE:
         s->idle++;
+        break;
+    case DTLS_EV_WRITABLE:
+        s->writable++;
+        break;
+    case DTLS_EV_RENEWED:
+        s->renewed++;
+        s->resumed = info.resumed;
         break;
     case DTLS_EV_CLOSED:
         s->closed++;
