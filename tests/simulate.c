@@ -93,7 +93,8 @@ struct world {
     uint64_t order;
     int loss, twice, late, damage, cut, leave; /* percent */
     int64_t cut_until;
-    int muted; /* the server's process is gone: what it sends is lost */
+    int muted;         /* the server's process is gone: what it sends is lost */
+    int unanswered_ms; /* clients ask so; 0: never */
     int healed, ending;
     unsigned serving;
     int max_handshakes, forging;
@@ -108,7 +109,7 @@ struct world {
 
 /* What the worlds of one process saw, summed over processes at the end. */
 struct figures {
-    long worlds, associations, resumed, messages, datagrams, restarts, failed, late, broken;
+    long worlds, associations, resumed, renewed, messages, datagrams, restarts, failed, late, broken;
     long full_times[HISTOGRAM_MAX], resumed_times[HISTOGRAM_MAX]; /* of undisturbed handshakes */
 };
 
@@ -420,6 +421,8 @@ static void client_turn(void *user)
         if (dtls_conn_send(c->conn, buf, n) != 0)
             broken("a message of %zu bytes was refused", n);
     }
+    if (info.connected && w->unanswered_ms && percent(3) && dtls_conn_renew(c->conn) != 0)
+        broken("a renewal was refused");
     if (percent(w->leave) || c->sent == MESSAGES_MAX)
         client_leave(c);
     dtls_timer_set(c->timer, 1 + dice(w->healed ? 10000 : 1500));
@@ -463,6 +466,13 @@ static void client_event(dtls_conn *conn, dtls_event event, const void *data, si
         broken("an event for a connection that was closed");
     if (event == DTLS_EV_CONNECTED) {
         client_connected(c);
+    } else if (event == DTLS_EV_RENEWED) {
+        if (!c->open)
+            broken("client %u renewed what was not open", client_number(c));
+        sum.renewed++;
+        SSL_SESSION_free(c->session);
+        c->session = dtls_conn_session(c->conn);
+        c->server = c->trouble ? -1 : sum.restarts;
     } else if (event == DTLS_EV_MESSAGE) {
         struct message m = message_check(data, len);
         if (m.client != client_number(c) || m.life != c->life)
@@ -471,7 +481,7 @@ static void client_event(dtls_conn *conn, dtls_event event, const void *data, si
         c->answered_at = now_us;
     } else if (event == DTLS_EV_CLOSED) {
         dtls_reason reason = dtls_conn_reason(conn);
-        c->given_up = !c->open;
+        c->given_up = !c->open || w->unanswered_ms; /* a renewal may have been under way */
         c->conn = NULL;
         if (reason != DTLS_CLOSE_LOCAL && !c->open)
             client_failed(c, reason, dtls_conn_reason_text(conn));
@@ -554,9 +564,12 @@ static void world_begin(int loss)
     w->max_handshakes = percent(30) ? 4 + (int)dice(5) : 0;
     w->look_us = percent(20) ? 20 + dice(200) : 0;
     w->forging = percent(30);
+    w->unanswered_ms = percent(40) ? 500 + (int)dice(4000) : 0;
     w->loop = dtls_loop_new(&(dtls_loop_config){.now_us = slow_clock});
     server_start();
-    w->clients_ep = endpoint(&client_id, (dtls_config){.on_event = client_event, .idle_timeout_ms = 15000});
+    w->clients_ep =
+        endpoint(&client_id,
+                 (dtls_config){.on_event = client_event, .idle_timeout_ms = 15000, .unanswered_ms = w->unanswered_ms});
     if (w->max_handshakes) {
         w->mean = endpoint(&client_id, (dtls_config){.on_event = mean_event});
         w->mean_timer = dtls_timer_new(w->loop, mean_turn, NULL);
@@ -747,8 +760,9 @@ static void print_times(const long *histogram, const char *kind)
 
 static void report(double seconds)
 {
-    printf("# simulate: %ld worlds, %ld associations (%ld resumed), %ld messages, %ld datagrams, %ld server restarts\n",
-           sum.worlds, sum.associations, sum.resumed, sum.messages, sum.datagrams, sum.restarts);
+    printf("# simulate: %ld worlds, %ld associations (%ld resumed, %ld renewals), %ld messages, %ld datagrams, %ld "
+           "server restarts\n",
+           sum.worlds, sum.associations, sum.resumed, sum.renewed, sum.messages, sum.datagrams, sum.restarts);
     printf("# simulate: %.0f worlds and %.0f associations a second in %ld processes\n", (double)sum.worlds / seconds,
            (double)sum.associations / seconds, processes);
     print_times(sum.full_times, "full");

@@ -1082,6 +1082,86 @@ static void test_backlog(void)
     dtls_loop_free(l);
 }
 
+/* Who was told DTLS_ERR_AGAIN hears when there is room: real connections, whose server's socket is swapped for one that
+ * says when it is full. */
+static int room_opened, room_told, room_again;
+
+static void room_event(dtls_conn *c, dtls_event event, const void *data, size_t len)
+{
+    static const char text[1000];
+    (void)data, (void)len;
+    room_opened += event == DTLS_EV_CONNECTED;
+    if (event != DTLS_EV_WRITABLE)
+        return;
+    room_told++;
+    if (room_told == 1) { /* the first one to hear of it takes all */
+        int r;
+        while ((r = dtls_conn_send(c, text, sizeof text)) == 0)
+            ;
+        room_again += r == DTLS_ERR_AGAIN;
+    }
+}
+
+static void room_fill(dtls_conn *c, void *user)
+{
+    static const char text[1000];
+    int *again = user;
+    for (int i = 0, r = 0; i < 10000 && r == 0; i++) {
+        r = dtls_conn_send(c, text, sizeof text);
+        *again += r == DTLS_ERR_AGAIN;
+    }
+}
+
+static void test_room(void)
+{
+    dtls_loop *l = dtls_loop_new(NULL);
+    dtls_endpoint *ep = make_endpoint(l, (dtls_config){.send_queue_bytes = 50000, .on_event = room_event});
+    char cert[512], key[512], ca_file[512], got[2000];
+    snprintf(cert, sizeof cert, "%s/client.pem", certs);
+    snprintf(key, sizeof key, "%s/client.key", certs);
+    snprintf(ca_file, sizeof ca_file, "%s/ca.pem", certs);
+    const dtls_config cfg = {.cert_file = cert, .key_file = key, .ca_file = ca_file, .on_event = room_event};
+    dtls_endpoint *clients = dtls_endpoint_new(l, &cfg, NULL);
+    dtls_target t = {.name = "localhost"};
+    int pair[2], again = 0;
+    dtls_addr_parse(&t.peer, "127.0.0.1:0", NULL);
+    CHECK(dtls_endpoint_listen(ep, &t.peer, NULL) == 0);
+    room_opened = room_told = room_again = 0;
+    for (int i = 0; i < 3; i++)
+        CHECK(dtls_endpoint_connect(clients, &t, NULL) != NULL);
+    for (int i = 0; i < 1000 && room_opened < 6; i++)
+        dtls_loop_poll(l, 50);
+    CHECK(room_opened == 6);
+    struct udp *u = (struct udp *)ep->sockets.next;
+    CHECK(socketpair(AF_UNIX, SOCK_DGRAM, 0, pair) == 0);
+    for (int i = 0; i < 2; i++)
+        CHECK(fcntl(pair[i], F_SETFL, O_NONBLOCK) == 0);
+    dtls_watch *real = u->watch;
+    int real_fd = u->fd;
+    u->fd = pair[0];
+    u->connected = true; /* no address to give */
+    u->watch = dtls_watch_new(l, pair[0], DTLS_READ, udp_event, u);
+    dtls_endpoint_each(ep, room_fill, &again);
+    CHECK(again == 3 && room_told == 0);
+    u->connected = false;      /* it would go with the connection; nothing is sent meanwhile */
+    dtls_conn_close(ep->last); /* this one hears no more */
+    u->connected = true;
+    for (int turns = 0; turns < 500 && room_told < 3; turns++) {
+        while (recv(pair[1], got, sizeof got, 0) > 0)
+            ;
+        dtls_loop_poll(l, 10);
+    }
+    /* Of the two that are left the first filled it again, and waited once more behind the other. */
+    CHECK(room_told == 3 && room_again == 1 && ep->waiting.next == &ep->waiting);
+    dtls_watch_free(u->watch);
+    close(pair[0]);
+    close(pair[1]);
+    u->connected = false;
+    u->fd = real_fd;
+    u->watch = real;
+    dtls_loop_free(l);
+}
+
 static void test_config(void)
 {
     dtls_loop *l = dtls_loop_new(NULL);
@@ -1243,6 +1323,7 @@ int main(int argc, char **argv)
         {"key limits", test_key_limits},
         {"sockets alone", test_sockets},
         {"send queue", test_backlog},
+        {"room to send", test_room},
         {"configuration", test_config},
         {"commands", test_commands},
         {"options", test_options},
