@@ -503,6 +503,154 @@ static void test_shares_of_ipv6(void)
     stop();
 }
 
+/* ---- messages in pieces, and in others' places ---- */
+
+enum { RECORD = 13, MESSAGE = 12, HEADERS = RECORD + MESSAGE };
+
+static size_t record_size(const unsigned char *p)
+{
+    return RECORD + (size_t)(p[11] << 8 | p[12]);
+}
+
+static void deliver(const struct datagram *d, const unsigned char *p, size_t n)
+{
+    dtls_endpoint_input(d->to.port == server_addr.port ? server.ep : client.ep, p, n, &d->from, &d->to);
+}
+
+/* Makes a record of a piece of the message that the record p holds; returns its size. */
+static size_t cut_piece(unsigned char *out, const unsigned char *p, size_t offset, size_t len)
+{
+    memcpy(out, p, HEADERS);
+    memcpy(out + HEADERS, p + HEADERS + offset, len);
+    out[11] = (unsigned char)((MESSAGE + len) >> 8);
+    out[12] = (unsigned char)(MESSAGE + len);
+    for (int i = 0; i < 2; i++) {
+        out[20 + i] = (unsigned char)(offset >> (8 - 8 * i));
+        out[23 + i] = (unsigned char)(len >> (8 - 8 * i));
+    }
+    return HEADERS + len;
+}
+
+static size_t message_size(const unsigned char *p)
+{
+    return (size_t)(p[15] << 8 | p[16]);
+}
+
+static int put_before; /* records that were not the peer's */
+
+/* Each record of a handshake alone, and ahead of a plaintext one what this makes of it. */
+static int put_ahead(const struct datagram *d, void (*make)(const struct datagram *d, const unsigned char *p))
+{
+    for (size_t at = 0; at < d->len; at += record_size(d->data + at)) {
+        const unsigned char *p = d->data + at;
+        if (p[0] == 22 && p[4] == 0)
+            make(d, p);
+        deliver(d, p, record_size(p));
+    }
+    return 1;
+}
+
+static void make_empty(const struct datagram *d, const unsigned char *p)
+{
+    unsigned char piece[HEADERS];
+    for (int end = 0; end < 2; end++, put_before++)
+        deliver(d, piece, cut_piece(piece, p, end ? message_size(p) : 0, 0));
+}
+
+static int with_empty_fragments(const struct datagram *d)
+{
+    return put_ahead(d, make_empty);
+}
+
+static void test_empty_fragments(void)
+{
+    int64_t began = now_us;
+    start((dtls_config){0}, (dtls_config){0});
+    wire_drop = with_empty_fragments;
+    put_before = 0;
+    CHECK_THAT(connected() && now_us - began < 500000, "a handshake among empty fragments goes on at once");
+    CHECK_THAT(put_before >= 20, "there were some (%d)", put_before);
+    wire_drop = NULL;
+    CHECK(talks());
+    stop();
+}
+
+/* What no peer sends that is in order: a Certificate of 64 KB, and with the message_seq and the body of what is due
+ * another type: a HelloRequest, a Finished, one that nobody knows, one of the receiver's own. */
+static void make_unfit(const struct datagram *d, const unsigned char *p)
+{
+    static unsigned char unfit[DATAGRAM_BYTES];
+    const unsigned char types[] = {11, 0, 20, 42, d->to.port == server_addr.port ? 12 : 16};
+    for (size_t i = 0; i < sizeof types; i++, put_before++) {
+        memcpy(unfit, p, record_size(p));
+        unfit[RECORD] = types[i];
+        if (i == 0) {
+            unfit[14] = 1;
+            unfit[15] = unfit[16] = 0;
+        }
+        deliver(d, unfit, record_size(p));
+    }
+}
+
+static int with_unfit_messages(const struct datagram *d)
+{
+    return put_ahead(d, make_unfit);
+}
+
+/* libssl alone ends a handshake over each of them, and anybody can write one. */
+static void test_unfit_messages(void)
+{
+    int64_t began = now_us;
+    start((dtls_config){0}, (dtls_config){0});
+    wire_drop = with_unfit_messages;
+    put_before = 0;
+    CHECK_THAT(connected() && now_us - began < 500000, "a handshake goes on at once");
+    CHECK_THAT(put_before >= 50, "there were some (%d)", put_before);
+    wire_drop = NULL;
+    CHECK(talks());
+    stop();
+}
+
+static size_t hello_piece; /* bytes of a ClientHello in a datagram */
+
+static int cut_hellos(const struct datagram *d)
+{
+    static unsigned char piece[DATAGRAM_BYTES];
+    const unsigned char *p = d->data;
+    if (p[0] != 22 || p[4] != 0 || p[RECORD] != 1)
+        return 0;
+    for (size_t at = 0, len; at < message_size(p); at += len) {
+        len = message_size(p) - at < hello_piece ? message_size(p) - at : hello_piece;
+        deliver(d, piece, cut_piece(piece, p, at, len));
+    }
+    return 1;
+}
+
+/* Before a cookie has come back nothing is kept, not even a piece of a message. So the first piece has to hold the cookie:
+ * version, random, session id and cookie, each of the two with its length, are 52 bytes, and 84 with a session id. */
+static void test_hello_in_pieces(void)
+{
+    static const struct {
+        size_t piece;
+        int offers, good;
+    } cases[] = {{52, 0, 1}, {51, 0, 0}, {35, 0, 0}, {1, 0, 0}, {84, 1, 1}, {83, 1, 0}};
+    start((dtls_config){0}, (dtls_config){0});
+    SSL_SESSION *session = session_of_one();
+    stop();
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        start((dtls_config){0}, (dtls_config){.handshake_timeout_ms = 5000});
+        wire_drop = cut_hellos;
+        hello_piece = cases[i].piece;
+        connect_client(cases[i].offers ? session : NULL);
+        turns(30);
+        CHECK_THAT(server.connected == cases[i].good && (cases[i].good || handshakes() == 0), "pieces of %zu bytes%s%s",
+                   hello_piece, cases[i].offers ? ", with a session" : "",
+                   cases[i].good ? "" : " are too small, and nothing of them is kept");
+        stop();
+    }
+    SSL_SESSION_free(session);
+}
+
 /* ---- sessions ---- */
 
 static void test_saved_session(void)
@@ -933,6 +1081,9 @@ int main(int argc, char **argv)
         {"shares of IPv6", test_shares_of_ipv6},
         {"walk", test_walk},
         {"log of strangers", test_log_of_strangers},
+        {"empty fragments", test_empty_fragments},
+        {"unfit messages", test_unfit_messages},
+        {"hello in pieces", test_hello_in_pieces},
         {"saved session", test_saved_session},
         {"stolen session", test_stolen_session},
         {"refusing transport", test_refusing_transport},
