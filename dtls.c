@@ -2178,7 +2178,8 @@ static bool guard_message(const struct guard *g, unsigned type, unsigned seq, un
     }
 }
 
-/* libssl ends the handshake over a fragment that lies about its place or size; nothing in a real one does. */
+/* libssl ends the handshake over a fragment that lies about its place or size; nothing in a real one does. An empty one it
+ * takes for a whole message, which then lacks everything. */
 static bool guard_fragments(const struct guard *g, const struct record *r)
 {
     const uint8_t *p = r->body;
@@ -2224,13 +2225,21 @@ static int guard_unprotected(const struct guard *g, const struct record *r)
     }
 }
 
+/* A protected fragment shows by its size that it is empty. Of what is real only an 8-byte piece of a Finished has that
+ * size, with a suite of little overhead; nobody cuts a message of 12 bytes. */
+static bool guard_empty_fragment(const struct record *r)
+{
+    return r->type == TYPE_HANDSHAKE &&
+           (r->body_len == HANDSHAKE_HEADER + OVERHEAD_MIN || r->body_len == HANDSHAKE_HEADER + OVERHEAD_MAX);
+}
+
 static int guard_handshake(const struct guard *g, const struct record *r)
 {
     if (r->epoch == 0)
         return guard_unprotected(g, r);
     if (r->epoch != 1)
         return DTLS_DROP_EPOCH;
-    if (r->type == TYPE_CCS)
+    if (r->type == TYPE_CCS || guard_empty_fragment(r))
         return DTLS_DROP_HANDSHAKE;
     if (r->body_len < OVERHEAD_MAX) /* the suite may not be known yet; the Finished and what follows is longer anyway */
         return DTLS_DROP_SHORT;

@@ -28,7 +28,7 @@ enum {
 };
 
 /* RFC 5246 section 6.3: the keys of both sides, then their implicit nonces; the client's come first. */
-static void derive(SSL *ssl, unsigned char block[2 * (KEY + IV)])
+static void derive(const SSL *ssl, unsigned char block[2 * (KEY + IV)])
 {
     unsigned char master[MASTER], seed[2 * RANDOM];
     size_t n = 2 * (KEY + IV);
@@ -45,7 +45,7 @@ static void derive(SSL *ssl, unsigned char block[2 * (KEY + IV)])
 }
 
 /* RFC 5288: header, explicit nonce, ciphertext, tag. The epoch with the sequence number serves as the nonce. */
-static size_t seal(SSL *ssl, int from_server, unsigned type, unsigned sequence, const void *data, size_t len,
+static size_t seal(const SSL *ssl, int from_server, unsigned type, unsigned sequence, const void *data, size_t len,
                    unsigned char *out)
 {
     unsigned char block[2 * (KEY + IV)], nonce[IV + NONCE];
@@ -167,6 +167,62 @@ static void test_attack(const struct attack *a)
     stop();
 }
 
+/* ---- within a handshake ---- */
+
+static const SSL *trying;         /* the client's, which an application does not get before it is connected */
+static unsigned char last_seq[2]; /* message_seq of the last plaintext message, to the client and to the server */
+static int empties;
+
+static void keep_ssl(const SSL *ssl, int where, int result)
+{
+    (void)where, (void)result;
+    trying = ssl;
+}
+
+static int keep_ssls(SSL_CTX *ctx)
+{
+    SSL_CTX_set_info_callback(ctx, keep_ssl);
+    return 0;
+}
+
+/* Ahead of a Finished come two fragments of it that hold nothing, as a peer may send that cuts its messages oddly. Both
+ * sides' keys are known to the client's SSL when the first Finished is under way. */
+static int with_empty_finished(const struct datagram *d)
+{
+    int to_server = d->to.port == server_addr.port;
+    struct side *to = to_server ? &server : &client;
+    for (size_t at = 0, size; at < d->len; at += size) {
+        const unsigned char *p = d->data + at;
+        size = HEADER + (size_t)(p[11] << 8 | p[12]);
+        if (p[0] == HANDSHAKE && p[4] == 0)
+            last_seq[to_server] = p[HEADER + 5];
+        for (int end = 0; end < 2 && p[0] == HANDSHAKE && p[4] == 1; end++, empties++) {
+            const unsigned char none[12] = {20, 0, 0,           12, 0, (unsigned char)(last_seq[to_server] + 1),
+                                            0,  0, end ? 12 : 0};
+            unsigned char record[HEADER + NONCE + sizeof none + TAG];
+            size_t n = seal(trying, !to_server, HANDSHAKE, (unsigned)(FIRST_SEQUENCE + end), none, sizeof none, record);
+            dtls_endpoint_input(to->ep, record, n, &d->from, &d->to);
+        }
+        dtls_endpoint_input(to->ep, p, size, &d->from, &d->to);
+    }
+    return 1;
+}
+
+static void test_empty_finished(void)
+{
+    int64_t began = now_us;
+    server.ciphers = client.ciphers = "ECDHE-ECDSA-AES128-GCM-SHA256";
+    client.hook = keep_ssls;
+    start((dtls_config){0}, (dtls_config){0});
+    empties = 0;
+    wire_drop = with_empty_finished;
+    CHECK_THAT(connected() && now_us - began < 500000, "a handshake goes on at once");
+    CHECK_EQ(empties, 4, "two of each side's");
+    wire_drop = NULL;
+    CHECK(lives());
+    stop();
+}
+
 int main(int argc, char **argv)
 {
     tests_begin("keyholder", argc, argv);
@@ -175,6 +231,8 @@ int main(int argc, char **argv)
     for (size_t i = 0; i < sizeof attacks / sizeof *attacks; i++)
         if (test_begin(attacks[i].what))
             test_attack(&attacks[i]);
+    if (test_begin("empty fragments of a Finished"))
+        test_empty_finished();
     virtual_identities_free();
     return tests_end();
 }

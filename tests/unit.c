@@ -485,6 +485,9 @@ static void test_guard(void)
     CHECK(guard(c, TYPE_CCS, 1, "\1", 1) == DTLS_DROP_HANDSHAKE);
     CHECK(guard(c, TYPE_HANDSHAKE, 2, body, 40) == DTLS_DROP_EPOCH);
     CHECK(guard(c, TYPE_HANDSHAKE, 1, body, 23) == DTLS_DROP_SHORT);
+    CHECK(guard(c, TYPE_HANDSHAKE, 1, body, 28) == DTLS_DROP_HANDSHAKE); /* a handshake header and no more */
+    CHECK(guard(c, TYPE_HANDSHAKE, 1, body, 36) == DTLS_DROP_HANDSHAKE);
+    CHECK(guard(c, TYPE_DATA, 1, body, 36) == GUARD_PASS);
     for (; c->early < EARLY_RECORDS; c->early++)
         CHECK(guard(c, TYPE_HANDSHAKE, 1, body, 40) == GUARD_PASS);
     CHECK(guard(c, TYPE_HANDSHAKE, 1, body, 40) == DTLS_DROP_EARLY);
