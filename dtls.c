@@ -4013,7 +4013,7 @@ SSL *dtls_conn_ssl(const dtls_conn *c)
 enum {
     CLAIM_GRACE_MS = 3000,      /* silence that makes a claim that the peer refuses us credible */
     CLAIM_RETRY_MS = 1000,      /* the same where a client tries once more before it believes it */
-    STALL_MS = 4000,            /* a client's handshake stands still for so long: it begins one more */
+    STALL_MS = 8000,            /* a client's handshake stands still for so long: it begins one more */
     HELLO_WAIT_MS = 1000,       /* at most between ClientHellos until one is answered */
     STAGGER_MS = 250,           /* between a host's addresses, RFC 8305 section 5 */
     RETRANSMIT_MIN_US = 100000, /* however short the round trip is: the peer has to calculate */
@@ -4081,7 +4081,8 @@ struct handshake {
     unsigned early;                        /* protected records that came before their keys */
     unsigned restarts, failures, refusals; /* refusals: certificates that we refused */
     struct claim claim;
-    bool long_chain; /* the peer sent too many certificates */
+    bool long_chain;                                 /* the peer sent too many certificates */
+    uint8_t unfit[RECORD_HEADER + HANDSHAKE_HEADER]; /* of a message that may not reach libssl yet; [0] is 0: none */
     uint32_t dropped[DTLS_DROP_COUNT];
 };
 
@@ -4424,11 +4425,14 @@ static void hs_failed(struct association *a, int error)
 
 static void hs_drive(struct association *a)
 {
+    a->wire.written = false;
     int e = hs_advance(a);
     if (e != SSL_ERROR_NONE && e != SSL_ERROR_WANT_READ && e != SSL_ERROR_WANT_WRITE) {
         hs_failed(a, e);
         return;
     }
+    if (a->wire.written && SSL_get_state(a->ssl) == a->handshake->step) /* libssl answers a repeated flight with ours */
+        a->handshake->resends++;
     hs_follow(a);
     if (e == SSL_ERROR_NONE)
         hs_open(a);
@@ -4605,6 +4609,7 @@ static void hs_begin_anew(struct association *a, bool beside)
     b->handshake->failures = h->failures;
     b->handshake->refusals = h->refusals;
     memcpy(b->handshake->dropped, h->dropped, sizeof h->dropped);
+    memcpy(b->handshake->unfit, h->unfit, sizeof h->unfit);
     memcpy(b->hello_random, a->hello_random, HELLO_RANDOM);
     b->wire.mtu = a->wire.mtu; /* what is known of the path stays */
     b->handshake->beside = beside ? a : NULL;
@@ -4657,12 +4662,48 @@ static void hs_put_drops(const struct handshake *h, char *text, size_t size)
     }
 }
 
+/* A message that no peer sends that is in order. Anybody can forge one, so a handshake that goes on must not end by it, and
+ * libssl gets it only when the handshake is over. An empty fragment of it will do: by what its header says libssl tells the
+ * peer what is wrong with it. */
+static void hs_keep_unfit(struct association *a, const struct guard *g, const struct record *r)
+{
+    const uint8_t *p = r->body;
+    uint8_t *unfit = a->handshake->unfit;
+    if (r->epoch != 0 || r->type != TYPE_HANDSHAKE || r->body_len < HANDSHAKE_HEADER ||
+        guard_message(g, p[0], load16(p + 4), load24(p + 1)))
+        return;
+    memset(unfit, 0, sizeof a->handshake->unfit); /* and so offset and size of the fragment */
+    memcpy(unfit, r->start, RECORD_HEADER + 6);
+    unfit[11] = 0;
+    unfit[12] = HANDSHAKE_HEADER;
+}
+
+static void hs_tell_unfit(struct association *a, char *text, size_t size)
+{
+    const uint8_t *unfit = a->handshake->unfit, *message = unfit + RECORD_HEADER;
+    size_t n = strlen(text);
+    if (!unfit[0])
+        return;
+    if (message[0] == CERTIFICATE && load24(message + 1) > (unsigned)a->ep->cfg.max_chain_bytes)
+        snprintf(text + n, size - n, "; a Certificate of %u bytes came, max_chain_bytes is %d", load24(message + 1),
+                 a->ep->cfg.max_chain_bytes);
+    else
+        snprintf(text + n, size - n, "; a message out of place came, of type %u", message[0]);
+    a->wire.in = unfit;
+    a->wire.in_len = sizeof a->handshake->unfit;
+    a->wire.in_renumber = true;
+    hs_advance(a);
+    a->wire.in = NULL;
+    errors_clear();
+}
+
 static void hs_over(struct association *a, int64_t now)
 {
     dtls_conn *c = a->conn;
     char text[REASON_BYTES];
     snprintf(text, sizeof text, "timed out after %.1f s", (double)(now - hs_began_at(a)) / 1e6);
     hs_put_drops(a->handshake, text, sizeof text);
+    hs_tell_unfit(a, text, sizeof text);
     while (c->tries->older)
         hs_try_remove(c->tries == a ? c->tries->older : c->tries);
     if (c->dial)
@@ -4737,16 +4778,15 @@ static void hs_believed(struct association *a, int64_t now)
     }
 }
 
-/* From the same port a server without cookies would take a new start for a stale ClientHello. A server that keeps what it
- * has of the first would answer no more, so there it takes longer than its timers of 1, 2 and 4 s. */
+/* Longer than the peer's first timers, of 1, 2 and 4 s: servers that serve one client at a time may be confused by one more
+ * ClientHello. From the same port a server without cookies would take it for a stale one. */
 static int64_t hs_stalled_at(const struct association *a)
 {
     const struct handshake *h = a->handshake;
-    int64_t patience = hs_has_own_socket(a) ? us(STALL_MS) : us(2 * STALL_MS);
     bool answered = h->state == HS_COOKIE || h->state == HS_FLIGHTS;
     if (a->conn->server || !answered || (!hs_has_own_socket(a) && !h->cookies) || hs_has_successor(a))
         return INT64_MAX;
-    return h->step_at + patience * (2 + h->restarts) / 2 + 2 * h->round_trip_us;
+    return h->step_at + us(STALL_MS) * (2 + h->restarts) / 2 + 2 * h->round_trip_us;
 }
 
 static void hs_stalled(struct association *a, int64_t now)
@@ -4922,6 +4962,8 @@ static size_t hs_work(struct association *a, const uint8_t *p, size_t n)
             return at + r.size;
         }
         hs_drop(a, verdict == GUARD_CLAIM ? DTLS_DROP_ALERT : (dtls_drop)verdict);
+        if (verdict == DTLS_DROP_HANDSHAKE)
+            hs_keep_unfit(a, &g, &r);
         if (verdict == GUARD_CLAIM)
             hs_claim(a, r.body[1], SSL_alert_desc_string_long(r.body[1]));
     }
@@ -5545,6 +5587,10 @@ static void ep_input(dtls_endpoint *ep, struct udp *u, const uint8_t *p, size_t 
             ep_hello(ep, u, &r, from, to, a);
         if (known && known->handshake)
             hs_hello_again(known);
+        a = n > r.size ? ep_hello_of(assoc_find(ep, from, to), &r) : NULL;
+        if (a && a->handshake) /* what stands behind it: more pieces of it */
+            a->handshake->state == HS_NEW ? assoc_post(a, p + r.size, n - r.size)
+                                          : assoc_input(a, p + r.size, n - r.size);
     } else if (a) {
         ep_give(a, p, n);
     } else {

@@ -536,6 +536,15 @@ static size_t message_size(const unsigned char *p)
     return (size_t)(p[15] << 8 | p[16]);
 }
 
+static char last_line[400];
+
+static void keep_last(void *user, dtls_log level, const char *line)
+{
+    (void)user;
+    if (level == DTLS_LOG_WARNING)
+        snprintf(last_line, sizeof last_line, "%s", line);
+}
+
 static int put_before; /* records that were not the peer's */
 
 /* Each record of a handshake alone, and ahead of a plaintext one what this makes of it. */
@@ -611,17 +620,75 @@ static void test_unfit_messages(void)
     stop();
 }
 
-static size_t hello_piece; /* bytes of a ClientHello in a datagram */
+static int alert_to[2], wrong_from, wrong_to, wrong_way; /* the last fatal alert, to the client and to the server */
+
+static int listen_for_alerts(const struct datagram *d)
+{
+    int to_server = d->to.port == server_addr.port;
+    for (size_t at = 0; at < d->len; at += record_size(d->data + at)) {
+        unsigned char *p = (unsigned char *)(uintptr_t)(d->data + at); /* turn()'s own copy */
+        if (p[0] == 21 && p[4] == 0 && p[RECORD] == 2)
+            alert_to[to_server] = p[RECORD + 1];
+        if (p[0] == 22 && p[4] == 0 && wrong_way == to_server && p[RECORD] == wrong_from)
+            p[RECORD] = (unsigned char)wrong_to;
+    }
+    return 0;
+}
+
+/* Somebody may have forged what does not fit, so it ends no handshake. But when that is over anyway the peer is told. */
+static void test_unfit_message_at_the_end(void)
+{
+    static const struct {
+        const char *what;
+        int certificates, way, from, to, alert;
+        const char *words;
+    } cases[] = {{"a client's chain", 30, 1, 0, 0, 47, "bytes came, max_chain_bytes is 2048"},
+                 {"a server's chain", 30, 0, 0, 0, 47, "bytes came, max_chain_bytes is 2048"},
+                 {"a client's CertificateVerify for its ClientKeyExchange", 0, 1, 16, 15, 10, "of type 15"},
+                 {"a server's ClientKeyExchange for its Certificate", 0, 0, 11, 16, 10, "of type 16"},
+                 {"a server's Finished for its ServerHelloDone", 0, 0, 14, 20, 10, "of type 20"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        /* Ours would begin anew after 8 s. */
+        dtls_config far = {.handshake_timeout_ms = 60000, .max_chain_bytes = 65536};
+        dtls_config near = {.handshake_timeout_ms = 3000, .max_chain_bytes = 2048, .on_log = keep_last};
+        int way = cases[i].way;
+        chain_certificates = cases[i].certificates;
+        chain_curve = NID_X9_62_prime256v1;
+        (way ? &client : &server)->hook = with_chain;
+        wrong_from = cases[i].from;
+        wrong_to = cases[i].to;
+        wrong_way = way;
+        start(way ? near : far, way ? far : near);
+        wire_drop = listen_for_alerts;
+        alert_to[0] = alert_to[1] = 0;
+        last_line[0] = 0;
+        connect_client(NULL);
+        turns(280);
+        CHECK_THAT(!alert_to[0] && !alert_to[1], "%s: silence", cases[i].what);
+        turns(40);
+        CHECK_EQ(alert_to[!way], cases[i].alert, "and an alert at the end");
+        CHECK_THAT(strstr(last_line, cases[i].words), "and words: %s", last_line);
+        stop();
+    }
+}
+
+static size_t hello_piece; /* bytes of a ClientHello in a record, */
+static int hello_packed;   /* with all its records in one datagram */
 
 static int cut_hellos(const struct datagram *d)
 {
-    static unsigned char piece[DATAGRAM_BYTES];
+    static unsigned char pieces[DATAGRAM_BYTES];
     const unsigned char *p = d->data;
+    size_t size = 0;
     if (p[0] != 22 || p[4] != 0 || p[RECORD] != 1)
         return 0;
     for (size_t at = 0, len; at < message_size(p); at += len) {
         len = message_size(p) - at < hello_piece ? message_size(p) - at : hello_piece;
-        deliver(d, piece, cut_piece(piece, p, at, len));
+        size += cut_piece(pieces + size, p, at, len);
+        if (hello_packed && at + len < message_size(p))
+            continue;
+        deliver(d, pieces, size);
+        size = 0;
     }
     return 1;
 }
@@ -632,8 +699,9 @@ static void test_hello_in_pieces(void)
 {
     static const struct {
         size_t piece;
-        int offers, good;
-    } cases[] = {{52, 0, 1}, {51, 0, 0}, {35, 0, 0}, {1, 0, 0}, {84, 1, 1}, {83, 1, 0}};
+        int offers, good, packed;
+    } cases[] = {{52, 0, 1, 0}, {51, 0, 0, 0}, {35, 0, 0, 0}, {1, 0, 0, 0},
+                 {84, 1, 1, 0}, {83, 1, 0, 0}, {52, 0, 1, 1}, {51, 0, 0, 1}};
     start((dtls_config){0}, (dtls_config){0});
     SSL_SESSION *session = session_of_one();
     stop();
@@ -641,10 +709,12 @@ static void test_hello_in_pieces(void)
         start((dtls_config){0}, (dtls_config){.handshake_timeout_ms = 5000});
         wire_drop = cut_hellos;
         hello_piece = cases[i].piece;
+        hello_packed = cases[i].packed;
         connect_client(cases[i].offers ? session : NULL);
         turns(30);
-        CHECK_THAT(server.connected == cases[i].good && (cases[i].good || handshakes() == 0), "pieces of %zu bytes%s%s",
-                   hello_piece, cases[i].offers ? ", with a session" : "",
+        CHECK_THAT(server.connected == cases[i].good && (cases[i].good || handshakes() == 0),
+                   "pieces of %zu bytes%s%s%s", hello_piece, cases[i].offers ? ", with a session" : "",
+                   hello_packed ? ", in one datagram" : "",
                    cases[i].good ? "" : " are too small, and nothing of them is kept");
         stop();
     }
@@ -1083,6 +1153,7 @@ int main(int argc, char **argv)
         {"log of strangers", test_log_of_strangers},
         {"empty fragments", test_empty_fragments},
         {"unfit messages", test_unfit_messages},
+        {"unfit message at the end", test_unfit_message_at_the_end},
         {"hello in pieces", test_hello_in_pieces},
         {"saved session", test_saved_session},
         {"stolen session", test_stolen_session},
