@@ -4423,16 +4423,46 @@ static void hs_failed(struct association *a, int error)
     assoc_arm(a);
 }
 
+/* The same flight is to be sent for a third time: in smaller datagrams, if it has large ones. */
+static void hs_fall_back(struct association *a)
+{
+    if (a->handshake->resends > 0 && wire_fall_back(&a->wire))
+        SSL_set_mtu(a->ssl, (long)wire_room(&a->wire));
+}
+
+static void hs_resent(struct association *a)
+{
+    a->handshake->resends++;
+    a->conn->resends++;
+    a->ep->counters.retransmissions++;
+    assoc_log(a, DTLS_LOG_DEBUG, "did not answer in time: flight sent again");
+}
+
+/* When a datagram comes just as libssl's timer has run out, libssl sends the flight again itself, unless that was the answer
+ * to it. That is no rare case: where both sides began to wait at one time, they go on in step. */
 static void hs_drive(struct association *a)
 {
+    struct timeval left;
+    int mtu = a->wire.mtu;
+    size_t largest = a->wire.largest;
     a->wire.written = false;
+    bool due = DTLSv1_get_timeout(a->ssl, &left) && left.tv_sec == 0 && left.tv_usec == 0;
+    if (due)
+        hs_fall_back(a);
     int e = hs_advance(a);
     if (e != SSL_ERROR_NONE && e != SSL_ERROR_WANT_READ && e != SSL_ERROR_WANT_WRITE) {
         hs_failed(a, e);
         return;
     }
-    if (a->wire.written && SSL_get_state(a->ssl) == a->handshake->step) /* libssl answers a repeated flight with ours */
-        a->handshake->resends++;
+    if (due && a->wire.written && SSL_get_state(a->ssl) == a->handshake->step) {
+        hs_resent(a);
+    } else if (a->wire.mtu != mtu) {
+        a->wire.mtu = mtu;
+        a->wire.largest = largest;
+        SSL_set_mtu(a->ssl, (long)wire_room(&a->wire));
+    }
+    if (!a->phase) /* the log ended it */
+        return;
     hs_follow(a);
     if (e == SSL_ERROR_NONE)
         hs_open(a);
@@ -4827,16 +4857,12 @@ static void hs_retransmit(struct association *a, int64_t now)
 {
     struct flight flight;
     errors_clear();
-    if (a->handshake->resends > 0 && wire_fall_back(&a->wire))
-        SSL_set_mtu(a->ssl, (long)wire_room(&a->wire));
+    hs_fall_back(a);
     flight_begin(&a->wire, &flight, a->handshake->resends > 0);
     long r = DTLSv1_handle_timeout(a->ssl);
     flight_end(&a->wire);
     if (r > 0) {
-        a->handshake->resends++;
-        a->conn->resends++;
-        a->ep->counters.retransmissions++;
-        assoc_log(a, DTLS_LOG_DEBUG, "did not answer in time: flight sent again");
+        hs_resent(a);
     } else if (r < 0 && !a->conn->server) { /* libssl gives up after 12; a client goes on until its deadline */
         hs_begin_anew(a, false);
     } else if (r < 0) {
