@@ -3493,7 +3493,7 @@ static void dial_end(dtls_conn *c)
     if (d->lookup)
         lookup_end(d->lookup);
     SSL_SESSION_free(d->session);
-    OPENSSL_clear_free(d, sizeof *d);
+    free(d);
 }
 
 static void conn_destroy(struct object *o)

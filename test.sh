@@ -195,7 +195,7 @@ run dropin tests/build/dtls env DROPIN_FLAGS="$sanitize" sh tests/dropin.sh
 run e2e tests/build/dtls python3 tests/e2e.py "$@"
 run peers tests/build/dtls python3 tests/peers.py "$@"
 run hostile tests/build/dtls python3 tests/hostile.py $([ $mode = quick ] || echo --all) "$@"
-run blackhole tests/build/dtls python3 tests/blackhole.py "$@"
+run blackhole tests/build/dtls python3 tests/blackhole.py $([ $mode = quick ] || echo --all) "$@"
 run bench '' sh tests/bench_smoke.sh
 run valgrind '' sh tests/valgrind.sh tests/build/dtls-plain
 run coverage '' python3 tests/coverage.py "$CERTS_DIR"

@@ -14,7 +14,8 @@
  *
  * The linker puts these in front of the system's, for dtls.c and this file alone; OpenSSL has hooks of its own:
  * wrap: malloc calloc realloc free fopen socket bind connect getsockname setsockopt fcntl recvmmsg sendmmsg close
- * wrap: epoll_create1 epoll_ctl epoll_wait eventfd signalfd sigprocmask read write
+ * wrap: epoll_create1 epoll_ctl epoll_wait eventfd signalfd sigprocmask read write pipe2 pthread_create getaddrinfo
+ * wrap: freeaddrinfo
  * as in: cc ... -Wl,--wrap=malloc,--wrap=calloc,... */
 #define _GNU_SOURCE /* recvmmsg */
 #include "virtual.h"
@@ -22,10 +23,12 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <netdb.h>
 #include <netinet/in.h>
 #include <openssl/crypto.h>
 #include <openssl/err.h>
 #include <poll.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -89,6 +92,9 @@ enum call {
     SIGPROCMASK,
     READ,
     WRITE,
+    PIPE2,
+    PTHREAD_CREATE,
+    GETADDRINFO,
     CALLS
 };
 
@@ -119,6 +125,9 @@ static const struct kind {
     [SIGPROCMASK] = {"sigprocmask", "sigprocmask", {EPERM}},
     [READ] = {"read", "read", {EAGAIN, EINTR}},
     [WRITE] = {"write", "write", {EAGAIN}},
+    [PIPE2] = {"pipe2", "pipe2", {EMFILE, ENFILE}},
+    [PTHREAD_CREATE] = {"pthread_create", "pthread_create", {EAGAIN, EPERM}},
+    [GETADDRINFO] = {"getaddrinfo", "getaddrinfo", {ENOMEM}},
 };
 
 struct fault {
@@ -322,6 +331,48 @@ REAL(ssize_t, write, int fd, const void *buf, size_t n)
     return due(WRITE) ? -1 : __real_write(fd, buf, n);
 }
 
+REAL(int, pipe2, int fd[2], int flags)
+{
+    int r = due(PIPE2) ? -1 : __real_pipe2(fd, flags);
+    held_descriptors += r == 0 ? 2 : 0;
+    return r;
+}
+
+/* At once, so that a run repeats itself. */
+REAL(int, pthread_create, pthread_t *thread, const pthread_attr_t *attr, void *(*start)(void *), void *arg)
+{
+    (void)thread, (void)attr;
+    if (due(PTHREAD_CREATE))
+        return fault.error;
+    start(arg);
+    return 0;
+}
+
+/* The host of the scenario has one address where nobody is, and one of the server. */
+static struct sockaddr_in host_addrs[2];
+static struct addrinfo host_list[2];
+
+REAL(int, getaddrinfo, const char *host, const char *port, const struct addrinfo *hints, struct addrinfo **list)
+{
+    (void)hints;
+    if (due(GETADDRINFO) || strcmp(host, "localhost") != 0)
+        return EAI_SYSTEM;
+    for (int i = 0; i < 2; i++) {
+        host_addrs[i] = (struct sockaddr_in){.sin_family = AF_INET, .sin_port = htons((uint16_t)(i ? atoi(port) : 0))};
+        host_addrs[i].sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        host_list[i] = (struct addrinfo){.ai_addr = (struct sockaddr *)&host_addrs[i],
+                                         .ai_addrlen = sizeof host_addrs[i],
+                                         .ai_next = i ? NULL : &host_list[1]};
+    }
+    *list = host_list;
+    return 0;
+}
+
+REAL(void, freeaddrinfo, struct addrinfo *list)
+{
+    (void)list;
+}
+
 static bool openssl_due(const char *file, int line)
 {
     if (!due(OPENSSL))
@@ -427,6 +478,7 @@ static struct {
     dtls_target target;
     dtls_conn *conn;
     bool settled, connected, idle; /* since it began to connect */
+    bool renewed;
     dtls_reason reason;
     char reason_text[TEXT_BYTES];
     uint32_t sent, echoed; /* messages, numbered from 1 */
@@ -437,6 +489,11 @@ static dtls_loop *loop;
 static bool congested_server;            /* each echo meets a full socket */
 static size_t lengths[MESSAGES_MAX + 1]; /* of the messages sent */
 static bool seen[MESSAGES_MAX + 1];      /* their echoes */
+
+static bool done_renewed(void)
+{
+    return client.renewed || !client.conn;
+}
 
 static bool done_settled(void)
 {
@@ -561,6 +618,11 @@ static void client_event(dtls_conn *conn, dtls_event event, const void *data, si
     switch (event) {
     case DTLS_EV_CONNECTED:
         client.settled = client.connected = true;
+        break;
+    case DTLS_EV_RENEWED:
+        client.renewed = true;
+        break;
+    case DTLS_EV_WRITABLE:
         break;
     case DTLS_EV_MESSAGE:
         client_message(data, len);
@@ -1056,15 +1118,39 @@ static void scenario_first(void)
     dtls_loop_free(loop);
 }
 
+/* A host's addresses, the first of which is nobody's; then the connection is renewed, through sockets. */
+static void scenario_host(void)
+{
+    char host[TEXT_BYTES];
+    sockets_begin();
+    dtls_addr addr = listening("127.0.0.1:0");
+    snprintf(host, sizeof host, "localhost:%u", addr.port);
+    client.target = (dtls_target){.host = host};
+    connected();
+    talk(64);
+    for (client.renewed = false; !client.renewed;) {
+        int r = client.conn ? dtls_conn_renew(client.conn) : DTLS_ERR_STATE;
+        if (r < 0)
+            refused_code("dtls_conn_renew", r);
+        else if (wait_for(done_renewed, SETTLE_MS) && client.renewed)
+            break;
+        lost("a renewal");
+    }
+    talk(64);
+    close_all();
+    client.target = (dtls_target){.peer = addr, .name = "localhost"};
+    if (outcome->fired)
+        probe();
+    dtls_loop_free(loop);
+}
+
 static const struct scenario {
     const char *name;
     void (*run)(void);
     bool cold; /* from before OpenSSL's first use */
-} scenarios[] = {{"loop", scenario_loop, false},
-                 {"sockets", scenario_sockets, false},
-                 {"memory", scenario_memory, false},
-                 {"crowd", scenario_crowd, false},
-                 {"first", scenario_first, true}};
+} scenarios[] = {{"loop", scenario_loop, false},     {"sockets", scenario_sockets, false},
+                 {"memory", scenario_memory, false}, {"crowd", scenario_crowd, false},
+                 {"host", scenario_host, false},     {"first", scenario_first, true}};
 enum { SCENARIOS = sizeof scenarios / sizeof *scenarios };
 
 /* ---- runs ---- */
