@@ -4624,17 +4624,19 @@ static void hs_begin_anew(struct association *a, bool beside)
     dtls_conn *c = a->conn;
     struct handshake *h = a->handshake;
     dtls_error err;
+    h->step_at = loop_now(c->ep->loop);
     if (!beside && (h->beside || hs_has_successor(a))) { /* that is the new start */
-        hs_lose(a, DTLS_CLOSE_TIMEOUT, "no answer");
+        hs_try_remove(a);
         return;
     }
     struct association *b = hs_try_new(c);
-    if (h->beside)
-        hs_try_remove(h->beside);
     if (!b) {
-        hs_lose(a, DTLS_CLOSE_ERROR, "out of memory");
+        if (!beside)
+            hs_lose(a, DTLS_CLOSE_ERROR, "out of memory");
         return;
     }
+    if (h->beside)
+        hs_try_remove(h->beside);
     b->handshake->restarts = h->restarts + 1;
     b->handshake->failures = h->failures;
     b->handshake->refusals = h->refusals;
@@ -4643,7 +4645,6 @@ static void hs_begin_anew(struct association *a, bool beside)
     memcpy(b->hello_random, a->hello_random, HELLO_RANDOM);
     b->wire.mtu = a->wire.mtu; /* what is known of the path stays */
     b->handshake->beside = beside ? a : NULL;
-    h->step_at = b->handshake->step_at;
     if (!beside)
         hs_try_remove(a);
     assoc_log(b, DTLS_LOG_DEBUG, "begins its handshake anew");

@@ -346,12 +346,12 @@ typedef enum dtls_reason {
     DTLS_CLOSE_REFUSED,  /* the peer refused the handshake by an alert, or ICMP says that nobody listens there. */
                          /* Anybody can forge these, so they are believed if nothing else arrives for 3 s */
     DTLS_CLOSE_VERIFY,   /* we refused the peer's certificate, or one connection more than we may have */
-    DTLS_CLOSE_ERROR,    /* a protocol error, a fatal alert, or no memory */
+    DTLS_CLOSE_ERROR,    /* a protocol error, a fatal alert, no memory, or a host that is not known */
     DTLS_CLOSE_KEYS      /* its keys did as much as they safely can (RFC 9325 section 4.4): connect anew */
 } dtls_reason;
 
 typedef struct dtls_info {
-    dtls_addr peer, local;
+    dtls_addr peer, local; /* peer: zero while its host is looked up */
     /* Whom the peer's certificate names; verified, like all of it. To decide who may do what use the fingerprint or a
      * subjectAltName that your CA controls; the commonName is good for logs. Names are UTF-8 with control characters, bytes
      * that are none of it and backslashes written as \x0a, so that different names differ here, too. */
@@ -396,7 +396,7 @@ int dtls_conn_renew(dtls_conn *conn);
 /* Sends close_notify once, raises DTLS_EV_CLOSED before it returns, and lets go; never waits. */
 void dtls_conn_close(dtls_conn *conn);
 
-/* Strings in info are valid until the connection is gone. */
+/* Strings in info are valid until the connection is gone or renewed. */
 void dtls_conn_info(const dtls_conn *conn, dtls_info *info);
 
 dtls_reason dtls_conn_reason(const dtls_conn *conn);
@@ -411,7 +411,7 @@ void dtls_conn_set_user(dtls_conn *conn, void *user);
 struct ssl_session_st *dtls_conn_session(const dtls_conn *conn);
 
 /* The SSL, to look things up, from DTLS_EV_CONNECTED on (NULL before: a client may begin its handshake anew, on
- * another). Do not read, write, shut down or free it, and do not change its BIO. */
+ * another), and another one from DTLS_EV_RENEWED on. Do not read, write, shut down or free it, and do not change its BIO. */
 struct ssl_st *dtls_conn_ssl(const dtls_conn *conn);
 
 #ifdef __cplusplus

@@ -1165,6 +1165,61 @@ static void test_room(void)
     dtls_loop_free(l);
 }
 
+/* A host's addresses: in turn of both families, and the next beside one that is silent. */
+static void test_hosts(void)
+{
+    struct answer answer = {.len = 6};
+    for (unsigned i = 0; i < 6; i++)
+        answer.addrs[i] = (dtls_addr){.family = i < 4 ? 6 : 4, .port = (uint16_t)i};
+    answer_alternate(&answer);
+    static const unsigned order[] = {0, 4, 1, 5, 2, 3};
+    for (unsigned i = 0; i < 6; i++)
+        CHECK(answer.addrs[i].port == order[i]);
+
+    struct question q = {.fd = -1};
+    dtls_addr a;
+    dtls_error err;
+    CHECK(ep_parse_host("127.0.0.1:4444", &q, &a, &err) == 0 && !q.host[0] && a.port == 4444);
+    CHECK(ep_parse_host("host.example:4444", &q, &a, &err) == 0 && strcmp(q.host, "host.example") == 0 &&
+          strcmp(q.port, "4444") == 0);
+    static const char *const bad[] = {"",      "host",       "host:",     "host:0", "host:65536",
+                                      ":4444", "1.2.3:4444", "[::1:4444", "a:b:1"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        CHECK(ep_parse_host(bad[i], &q, &a, &err) == DTLS_ERR_ADDR && err.text[0]);
+
+    dtls_loop *l = dtls_loop_new(NULL);
+    dtls_endpoint *ep = make_endpoint(l, (dtls_config){.on_event = room_event});
+    char cert[512], key[512], ca_file[512];
+    snprintf(cert, sizeof cert, "%s/client.pem", certs);
+    snprintf(key, sizeof key, "%s/client.key", certs);
+    snprintf(ca_file, sizeof ca_file, "%s/ca.pem", certs);
+    const dtls_config cfg = {.cert_file = cert, .key_file = key, .ca_file = ca_file, .on_event = room_event};
+    dtls_endpoint *clients = dtls_endpoint_new(l, &cfg, NULL);
+    dtls_addr_parse(&a, "127.0.0.1:0", NULL);
+    CHECK(dtls_endpoint_listen(ep, &a, NULL) == 0);
+    struct udp *silent = (struct udp *)ep->sockets.next;
+    dtls_addr server = {0};
+    dtls_addr_parse(&server, "127.0.0.1:0", NULL);
+    dtls_watch_set(silent->watch, 0); /* it reads nothing */
+    CHECK(dtls_endpoint_listen(ep, &server, NULL) == 0);
+    room_opened = 0;
+    dtls_target t = {.host = "no-such-host.invalid:4444", .name = "localhost"};
+    dtls_conn *c = dtls_endpoint_connect(clients, &t, NULL);
+    CHECK(c && c->dial->lookup && c->tries && !c->tries->older && c->tries->handshake->state == HS_NEW);
+    lookup_end(c->dial->lookup);
+    answer = (struct answer){.len = 3, .addrs = {{0}, a, server}}; /* the first one cannot be connected to at all */
+    dtls_addr_parse(&answer.addrs[0], "255.255.255.255:1", NULL);
+    ep_resolved(c, &q, &answer);
+    CHECK(c->dial->addrs_tried == 2 && !c->tries->older && c->tries->peer.port == a.port);
+    for (int i = 0; i < 1000 && room_opened < 2; i++)
+        dtls_loop_poll(l, 50);
+    CHECK(room_opened == 2 && c->open && c->open->peer.port == server.port && !c->tries && !c->dial);
+    t.host = "another.invalid:1";
+    c = dtls_endpoint_connect(clients, &t, NULL);
+    CHECK(c && c->dial->lookup);
+    dtls_loop_free(l); /* while it is looked up */
+}
+
 static void test_config(void)
 {
     dtls_loop *l = dtls_loop_new(NULL);
@@ -1327,6 +1382,7 @@ int main(int argc, char **argv)
         {"sockets alone", test_sockets},
         {"send queue", test_backlog},
         {"room to send", test_room},
+        {"hosts", test_hosts},
         {"configuration", test_config},
         {"commands", test_commands},
         {"options", test_options},
