@@ -15,7 +15,7 @@ test | all)
     extra='libuv libev'
     ;;
 esac
-[ "${1-}" != all ] || extra="$extra fuzzer gnutls wolfssl mbedtls socat valgrind"
+[ "${1-}" != all ] || extra="$extra fuzzer gnutls wolfssl mbedtls socat libcoap valgrind"
 
 # What each package manager calls it; "-": part of the base system, or not to be had.
 packages='
@@ -35,6 +35,7 @@ gnutls          gnutls-bin            gnutls-utils       gnutls-utils gnutls   g
 wolfssl         libwolfssl-dev        wolfssl-devel      wolfssl-dev  wolfssl  wolfssl  wolfssl    wolfssl
 mbedtls         libmbedtls-dev        mbedtls-devel      mbedtls-dev  mbedtls  mbedtls3 mbedtls    mbedtls
 socat           socat                 socat              socat        socat    socat    socat      socat
+libcoap         libcoap3-bin          -                  -            -        -          -          -
 valgrind        valgrind              valgrind           valgrind     valgrind valgrind -          -
 '
 
@@ -63,6 +64,7 @@ has() { # need
     python3) python3 -c 'import sys; sys.exit(sys.version_info < (3, 9))' ;;
     fuzzer) (CC=clang && compiles 'int LLVMFuzzerTestOneInput(void) { return 0; }' -fsanitize=fuzzer) ;;
     gnutls) command -v gnutls-cli ;;
+    libcoap) command -v coap-server-openssl ;;
     libuv) compiles '#include <uv.h>' -c $(pkg-config --cflags libuv) ;;
     libev) compiles '#include <ev.h>' -c ;;
     wolfssl) compiles '#include <wolfssl/options.h>' -c ;;
