@@ -563,6 +563,22 @@ def server_in_small_fragments(t, peer):
     client.ends()
 
 
+@with_each(S_CLIENT)
+def client_with_small_fragments(t, peer):
+    """max_fragment_length: a broadcast that is too large for it does not reach that client, and does it no harm."""
+    server = t.server()
+    client = peer.client(t, server, "-maxfraglen", "512")
+    client.says(peer.connected)
+    client.ask("ping", "pong")
+    other = t.client(server)
+    text = text_of(600 - len("bc "))
+    other.ask("bc " + text, text)
+    client.ask("echo after", "after")
+    check(text not in client.out.text, "it was sent more than it takes")
+    other.ask("bc " + text[:512], text[:512])
+    client.shows(text[:512])
+
+
 @with_each(WOLFSSL, MBEDTLS)
 def with_chacha_only(t, peer):
     server = t.server()
