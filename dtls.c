@@ -80,7 +80,11 @@
 #include <openssl/rand.h>
 #include <openssl/ssl.h>
 #include <openssl/x509_vfy.h>
+#include <openssl/ui.h>
 #include <openssl/x509v3.h>
+#if OPENSSL_VERSION_NUMBER >= 0x30000000L
+#include <openssl/store.h>
+#endif
 
 #if defined(__linux__) && !defined(DTLS_USE_KQUEUE)
 #define BACKEND "epoll"
@@ -2504,6 +2508,9 @@ struct association {
     uint8_t hello_random[HELLO_RANDOM]; /* of the peer's ClientHello or ServerHello */
     size_t overhead, message_max;       /* of the suite's records, and what one may carry, once it is open */
     struct key_use keys;
+    struct identity *identity; /* whom the handshake found, until it opens, and */
+    bool refused;              /* that peer; why: */
+    char *refusal;
     bool buffers;    /* libssl's record buffers are there, and */
     int64_t used_at; /* when they were used last */
 };
@@ -2519,6 +2526,7 @@ struct dial {
     SSL_SESSION *session;             /* to resume */
     dtls_reason fault;                /* why a try was given up, and in words */
     char fault_text[REASON_BYTES];
+    char warning[REASON_BYTES]; /* what an insecure client would have refused */
 };
 
 /* What the application knows: one peer, whatever associations it takes. All times are microseconds. */
@@ -2551,9 +2559,22 @@ struct identity {
     struct entry entry;
     size_t refs, open; /* connections that know it, and those of them that are open */
     uint8_t fingerprint[SHA256_BYTES];
-    char hex[2 * SHA256_BYTES + 1]; /* the same as text */
-    char *name;
+    char hex[2 * SHA256_BYTES + 1]; /* the same as text; "" for a pre-shared key */
+    char *name, *serial;
     const char **alt_names; /* ends with NULL; the texts stand behind it */
+};
+
+/* Who we are and whom we trust. */
+struct trust {
+    SSL_CTX *ctx;
+    SSL_CTX **named; /* with further certificates */
+    size_t named_len;
+    char *alpn; /* protocols, each with a zero behind it; an empty one ends them */
+    char *psk_identity;
+    uint8_t psk_key[DTLS_PSK_MAX];
+    size_t psk_key_len;
+    uint8_t id[SSL_MAX_SID_CTX_LENGTH]; /* random: sessions are good with this trust only */
+    time_t since;                       /* older sessions are of another trust; 0: there was none */
 };
 
 /* A session that a server keeps for resumption, without the chain of certificates. */
@@ -2589,11 +2610,12 @@ struct dtls_endpoint {
     struct object object;
     dtls_loop *loop;
     dtls_config cfg;
-    SSL_CTX *ctx;
+    struct trust trust;
     BIO_METHOD *bio_method;
     BIO_ADDR *listen_addr;     /* DTLSv1_listen insists on one */
     struct association *spare; /* answers ClientHellos; becomes a connection's once a cookie proves right */
-    bool listening, sending, closed;
+    bool listening, closed;
+    bool inside; /* in the middle of OpenSSL's work: a callback of the user's may call nothing that enters it again */
     struct object sockets;
     dtls_conn *first, *last;
     uint64_t serials;
@@ -2603,7 +2625,6 @@ struct dtls_endpoint {
     struct table associations, sources, identities, sessions;
     struct session *newest, *oldest;
     size_t sessions_len;
-    char *alpn;           /* protocols, each with a zero behind it; an empty one ends them */
     struct source *crowd; /* the first source with handshakes */
     struct kind kinds[KINDS];
     struct timer kinds_timer;
@@ -2888,52 +2909,83 @@ static uint8_t *common_name(X509 *cert, int *len)
 }
 
 /* NULL: no memory, or a name that cannot be shown whole. */
-static struct identity *identity_new(X509 *cert, const uint8_t fingerprint[SHA256_BYTES])
+/* Room for `size` bytes of texts, and for that many of them, the name first. NULL: no memory. */
+static struct identity *identity_alloc(size_t count, size_t size, struct text *text)
+{
+    struct identity *id = calloc(1, sizeof *id);
+    if (id)
+        id->alt_names = calloc(1, (count + 1) * sizeof *id->alt_names + size);
+    if (!id || !id->alt_names) {
+        free(id);
+        return NULL;
+    }
+    *text = (struct text){.to = (char *)(id->alt_names + count + 1)};
+    id->name = text->to;
+    return id;
+}
+
+static struct identity *identity_of_cert(X509 *cert, const uint8_t digest[SHA256_BYTES])
 {
     struct text text = {0};
     GENERAL_NAMES *names;
     int len;
     uint8_t *name = common_name(cert, &len);
     bool good = alt_names_get(cert, &names) && len >= 0;
-    struct identity *id = good ? calloc(1, sizeof *id) : NULL;
-    if (id) {
+    struct identity *id = NULL;
+    BIGNUM *number = ASN1_INTEGER_to_BN(X509_get0_serialNumber(cert), NULL);
+    char *serial = number ? BN_bn2hex(number) : NULL;
+    if (good && serial) {
         text_put_name(&text, "", name, (size_t)len, true);
         size_t count = alt_names_put(&text, names, NULL);
-        id->alt_names = calloc(1, (count + 1) * sizeof *id->alt_names + text.len);
-        text = (struct text){.to = (char *)(id->alt_names + count + 1)};
+        id = identity_alloc(count, text.len + strlen(serial) + 1, &text);
     }
-    if (id && id->alt_names) {
-        id->name = text.to;
+    if (id) {
         text_put_name(&text, "", name, (size_t)len, true);
         alt_names_put(&text, names, id->alt_names);
-        memcpy(id->fingerprint, fingerprint, SHA256_BYTES);
+        id->serial = text.to + text.len;
+        memcpy(id->serial, serial, strlen(serial) + 1);
         for (size_t i = 0; i < SHA256_BYTES; i++)
-            snprintf(id->hex + 2 * i, 3, "%02x", fingerprint[i]);
-    } else {
-        free(id);
-        id = NULL;
+            snprintf(id->hex + 2 * i, 3, "%02x", digest[i]);
     }
+    OPENSSL_free(serial);
+    BN_free(number);
     GENERAL_NAMES_free(names);
     OPENSSL_free(name);
     return id;
 }
 
-/* Of a certificate: the one that is there, or a new one. The caller has a reference. NULL: no memory, or no name. */
-static struct identity *identity_get(dtls_endpoint *ep, X509 *cert)
+static struct identity *identity_of_psk(const char *name)
 {
-    uint8_t fingerprint[EVP_MAX_MD_SIZE];
+    struct text text = {0};
+    text_put_name(&text, "", (const uint8_t *)name, strlen(name), true);
+    struct identity *id = identity_alloc(0, text.len + 1, &text);
+    if (id) {
+        text_put_name(&text, "", (const uint8_t *)name, strlen(name), true);
+        id->serial = text.to + text.len; /* "" */
+    }
+    return id;
+}
+
+/* Of a certificate, or where that is NULL of a pre-shared key's identity: the one that is there, or a new one. The caller has
+ * a reference. NULL: no memory, or no name. */
+static struct identity *identity_get(dtls_endpoint *ep, X509 *cert, const char *psk)
+{
+    uint8_t digest[EVP_MAX_MD_SIZE];
     unsigned len;
     struct identity *id = NULL;
-    if (X509_digest(cert, EVP_sha256(), fingerprint, &len) != 1)
+    if (cert ? X509_digest(cert, EVP_sha256(), digest, &len) != 1
+             : EVP_Digest(psk, strlen(psk), digest, &len, EVP_sha256(), NULL) != 1)
         return NULL;
-    uint64_t hash = table_hash(&ep->identities, fingerprint, SHA256_BYTES);
+    uint64_t hash = table_hash(&ep->identities, digest, SHA256_BYTES);
     for (struct entry *e = table_first(&ep->identities, hash); e && !id; e = table_next(e)) {
         id = OWNER_OF(struct identity, entry, e);
-        if (memcmp(id->fingerprint, fingerprint, SHA256_BYTES) != 0)
+        if (memcmp(id->fingerprint, digest, SHA256_BYTES) != 0)
             id = NULL;
     }
-    if (!id && (id = identity_new(cert, fingerprint)) != NULL)
+    if (!id && (id = cert ? identity_of_cert(cert, digest) : identity_of_psk(psk)) != NULL) {
+        memcpy(id->fingerprint, digest, SHA256_BYTES);
         table_add(&ep->identities, &id->entry, hash);
+    }
     if (id)
         id->refs++;
     return id;
@@ -3146,14 +3198,14 @@ static int assoc_send(void *owner, const void *data, size_t len)
     if (a->udp) {
         r = udp_send(ep->loop, a->udp, data, len, &a->local, &a->peer);
     } else {
-        ep->sending = true; /* input from inside would enter libssl a second time, */
-        int marked = ERR_set_mark();
+        ep->inside = true;
+        int marked = ERR_set_mark(); /* libssl would take errors that are left in the queue for its own */
         r = ep->cfg.send(ep->cfg.user, data, len, &a->local, &a->peer);
-        if (marked) /* and it would take errors that are left in the queue for its own */
+        if (marked)
             ERR_pop_to_mark();
         else
             errors_clear();
-        ep->sending = false;
+        ep->inside = false;
     }
     ep->counters.datagrams_out += r == 0;
     return r;
@@ -3250,6 +3302,8 @@ static void assoc_destroy(struct object *o)
     timer_done(a->ep->loop, &a->timer);
     SSL_free(a->ssl);
     errors_clear();
+    identity_release(a->ep, a->identity);
+    free(a->refusal);
     free(a->handshake);
     free(a);
 }
@@ -3258,7 +3312,7 @@ static void assoc_destroy(struct object *o)
 static SSL *assoc_ssl_new(struct association *a)
 {
     BIO *bio = BIO_new(a->ep->bio_method);
-    SSL *ssl = bio ? SSL_new(a->ep->ctx) : NULL;
+    SSL *ssl = bio ? SSL_new(a->ep->trust.ctx) : NULL;
     if (!ssl) {
         BIO_free(bio);
         return NULL;
@@ -3614,8 +3668,10 @@ static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, ...)
         assoc_log(conn_assoc(c), reason == DTLS_CLOSE_LOCAL ? DTLS_LOG_DEBUG : DTLS_LOG_WARNING, "handshake failed: %s",
                   text);
     }
-    if (was_open || !c->server) /* the application never heard of a handshake that a stranger failed */
+    if (was_open || !c->server)
         conn_raise(c, DTLS_EV_CLOSED, NULL, 0);
+    else if (reason != DTLS_CLOSE_LOCAL)
+        conn_raise(c, DTLS_EV_FAILED, NULL, 0);
 }
 
 /* Identities. The server's is checked against the subjectAltName only: RFC 9525 section 2 retires the common name.
@@ -3904,7 +3960,7 @@ static int traffic_write(struct association *a, const void *data, size_t len)
 
 int dtls_conn_send(dtls_conn *c, const void *data, size_t len)
 {
-    if (c->state != CONN_OPEN || c->ep->sending)
+    if (c->state != CONN_OPEN || c->ep->inside)
         return DTLS_ERR_STATE;
     if (!data || len == 0 ||
         len > c->open->message_max) /* libssl sends no empty record, and ends up confused asked to */
@@ -3918,7 +3974,7 @@ int dtls_conn_send(dtls_conn *c, const void *data, size_t len)
 void dtls_conn_close(dtls_conn *c)
 {
     dtls_loop *l = c->ep->loop;
-    if (c->ep->sending)
+    if (c->ep->inside)
         return;
     loop_enter(l);
     conn_end(c, DTLS_CLOSE_LOCAL, "closed here");
@@ -3937,25 +3993,28 @@ static const char *traffic_alpn(const struct association *a)
 {
     const unsigned char *chosen = NULL;
     unsigned len = 0;
-    const char *name = a->ep->alpn ? a->ep->alpn : "";
+    const char *name = a->ep->trust.alpn ? a->ep->trust.alpn : "";
     SSL_get0_alpn_selected(a->ssl, &chosen, &len);
     while (*name && !(strlen(name) == len && memcmp(name, chosen, len) == 0))
         name += strlen(name) + 1;
     return name;
 }
 
-void dtls_conn_info(const dtls_conn *c, dtls_info *info)
+static void traffic_describe(const dtls_conn *c, const struct association *a, const struct identity *id,
+                             dtls_info *info)
 {
     static const char *const no_names[] = {NULL};
     int64_t now = loop_now(c->ep->loop);
-    const struct association *a = conn_assoc(c);
+    bool done = SSL_is_init_finished(a->ssl) == 1;
     *info = (dtls_info){.peer = a->peer,
                         .local = a->local,
-                        .peer_name = c->identity ? c->identity->name : "",
-                        .peer_alt_names = c->identity ? c->identity->alt_names : no_names,
-                        .peer_fingerprint = c->identity ? c->identity->hex : "",
-                        .version = c->open ? SSL_get_version(c->open->ssl) : "",
-                        .alpn = c->open ? traffic_alpn(c->open) : "",
+                        .peer_name = id ? id->name : "",
+                        .peer_alt_names = id ? id->alt_names : no_names,
+                        .peer_fingerprint = id ? id->hex : "",
+                        .peer_serial = id ? id->serial : "",
+                        .psk = id && !id->hex[0],
+                        .version = done ? SSL_get_version(a->ssl) : "",
+                        .alpn = done ? traffic_alpn(a) : "",
                         .cipher = SSL_get_current_cipher(a->ssl) ? SSL_get_cipher_name(a->ssl) : "",
                         .server = c->server,
                         .connected = c->state == CONN_OPEN,
@@ -3969,6 +4028,38 @@ void dtls_conn_info(const dtls_conn *c, dtls_info *info)
                         .messages_out = c->messages_out,
                         .bytes_in = c->bytes_in,
                         .bytes_out = c->bytes_out};
+}
+
+void dtls_conn_info(const dtls_conn *c, dtls_info *info)
+{
+    const struct association *a = conn_assoc(c);
+    traffic_describe(c, a, c->identity ? c->identity : a->identity, info);
+}
+
+/* Whether the application lets that peer in. */
+static bool traffic_welcomes(struct association *a, const struct identity *id, char *reason, size_t size)
+{
+    dtls_endpoint *ep = a->ep;
+    dtls_info info;
+    if (!ep->cfg.on_peer)
+        return true;
+    traffic_describe(a->conn, a, id, &info);
+    snprintf(reason, size, "refused by the application");
+    bool before = ep->inside;
+    ep->inside = true;
+    int r = ep->cfg.on_peer(ep->cfg.user, &info, reason, size);
+    ep->inside = before;
+    return r == 0;
+}
+
+int dtls_conn_export(const dtls_conn *c, const char *label, void *out, size_t len)
+{
+    if (c->state != CONN_OPEN || c->ep->inside)
+        return DTLS_ERR_STATE;
+    errors_clear();
+    int r = SSL_export_keying_material(c->open->ssl, out, len, label, strlen(label), NULL, 0, 0);
+    errors_clear();
+    return r == 1 ? 0 : DTLS_ERR_TLS;
 }
 
 dtls_reason dtls_conn_reason(const dtls_conn *c)
@@ -4082,6 +4173,7 @@ struct handshake {
     unsigned restarts, failures, refusals; /* refusals: certificates that we refused */
     struct claim claim;
     bool long_chain;                                 /* the peer sent too many certificates */
+    bool no_key;                                     /* nor has it a pre-shared key that we know */
     uint8_t unfit[RECORD_HEADER + HANDSHAKE_HEADER]; /* of a message that may not reach libssl yet; [0] is 0: none */
     uint32_t dropped[DTLS_DROP_COUNT];
 };
@@ -4122,17 +4214,6 @@ static unsigned hs_retransmit_us(SSL *ssl, unsigned last_us)
     return last_us > max / 3 * 2 ? max : last_us / 2 * 3;
 }
 
-/* Lets libssl work until it wants more input. What it writes goes out packed. Returns what SSL_get_error() says. */
-static int hs_advance(struct association *a)
-{
-    struct flight flight;
-    errors_clear();
-    flight_begin(&a->wire, &flight, a->handshake->resends > 0);
-    int r = SSL_do_handshake(a->ssl);
-    flight_end(&a->wire);
-    return r == 1 ? SSL_ERROR_NONE : SSL_get_error(a->ssl, r);
-}
-
 /* Keeps up with libssl. A ServerHello that came behind another message of its record is found out here. */
 static void hs_follow(struct association *a)
 {
@@ -4160,7 +4241,9 @@ static bool hs_may_offer(const struct association *a, const SSL *ssl, SSL_SESSIO
     for (int i = 0; i < sk_SSL_CIPHER_num(suites); i++)
         known = known || sk_SSL_CIPHER_value(suites, i) == suite;
     return known && SSL_SESSION_is_resumable(session) && SSL_SESSION_get_protocol_version(session) == DTLS1_2_VERSION &&
-           cert && !time_is_past(X509_get0_notAfter(cert)) && name_is_expected(a, cert);
+           SSL_SESSION_get_time(session) >= a->ep->trust.since &&
+           (cert ? !time_is_past(X509_get0_notAfter(cert)) && name_is_expected(a, cert)
+                 : SSL_CIPHER_get_auth_nid(suite) == NID_auth_psk);
 }
 
 /* libssl ties a session to the context of its making; ours is random, and another process has another. For a client that
@@ -4181,11 +4264,24 @@ static void hs_forget_session(struct dial *d)
     d->session = NULL;
 }
 
+/* An insecure client takes any certificate, and remembers what it would have refused. Not logged from in here. */
+static int hs_look_away(int good, X509_STORE_CTX *store)
+{
+    SSL *ssl = X509_STORE_CTX_get_ex_data(store, SSL_get_ex_data_X509_STORE_CTX_idx());
+    struct dial *d = assoc_of(ssl)->conn->dial;
+    if (!good && d && !d->warning[0])
+        snprintf(d->warning, sizeof d->warning, "%s", X509_verify_cert_error_string(X509_STORE_CTX_get_error(store)));
+    return 1;
+}
+
 static bool hs_be_client(const struct association *a)
 {
     struct dial *d = a->conn->dial;
+    dtls_auth auth = a->ep->cfg.auth;
     DTLS_set_timer_cb(a->ssl, hs_retransmit_us);
     SSL_set_connect_state(a->ssl);
+    if (auth != DTLS_AUTH_MUTUAL)
+        SSL_set_verify(a->ssl, SSL_VERIFY_PEER, auth == DTLS_AUTH_INSECURE ? hs_look_away : NULL);
     if (d->session && !hs_may_offer(a, a->ssl, d->session))
         hs_forget_session(d);
     return name_expect(a, a->ssl) && (!d->session || hs_offer(a->ssl, d->session));
@@ -4218,6 +4314,8 @@ static void hs_give_up(struct association *a, dtls_reason reason, const char *te
 static bool hs_refuses_session(struct association *a, X509 *cert, char text[REASON_BYTES])
 {
     char words[REASON_BYTES] = "";
+    if (a->ep->cfg.auth == DTLS_AUTH_INSECURE && !a->conn->server)
+        return false;
     if (SSL_get_verify_mode(a->ssl) != SSL_VERIFY_NONE && SSL_get_verify_result(a->ssl) != X509_V_OK)
         snprintf(words, sizeof words, "%s", X509_verify_cert_error_string(SSL_get_verify_result(a->ssl)));
     else if (cert && time_is_past(X509_get0_notAfter(cert)))
@@ -4231,36 +4329,102 @@ static bool hs_refuses_session(struct association *a, X509 *cert, char text[REAS
     return words[0] != 0;
 }
 
-/* What is wrong with the peer, though libssl is content. */
-static bool hs_refuses(struct association *a, struct identity **identity, char text[REASON_BYTES])
+/* A server's: whether the key of a resumed session is still one of ours. */
+static bool hs_psk_is_gone(const struct association *a, const char *psk)
 {
+    dtls_endpoint *ep = a->ep;
+    uint8_t key[DTLS_PSK_MAX];
+    if (!a->conn->server || !SSL_session_reused(a->ssl))
+        return false;
+    ep->inside = true;
+    bool gone = !ep->cfg.psk || ep->cfg.psk(ep->cfg.user, psk, key) == 0;
+    ep->inside = false;
+    OPENSSL_cleanse(key, sizeof key);
+    return gone;
+}
+
+/* Who the peer is. False: text says why that is nobody. */
+static bool hs_identify(struct association *a, X509 *cert, char text[REASON_BYTES])
+{
+    const char *psk = !cert && a->conn->server ? SSL_get_psk_identity(a->ssl) : NULL;
+    if (psk && hs_psk_is_gone(a, psk)) {
+        snprintf(text, REASON_BYTES, "refused: its pre-shared key is no longer known");
+        return false;
+    }
+    if (cert || psk)
+        a->identity = identity_get(a->ep, cert, psk);
+    if (!a->identity && (cert || psk))
+        snprintf(text, REASON_BYTES, "certificate refused: its name cannot be read");
+    return a->identity || !(cert || psk);
+}
+
+/* Whether its address or its certificate has as many connections as it may, but for one that this replaces. */
+static bool hs_is_too_many(const struct association *a, char text[REASON_BYTES])
+{
+    const dtls_config *cfg = &a->ep->cfg;
+    const struct identity *id = a->identity;
+    const struct association *old = assoc_next_same(a);
+    size_t replaced = old && !old->handshake;
+    if (a->source && at_limit(a->source->open - replaced, cfg->max_conns_per_address))
+        snprintf(text, REASON_BYTES, "refused: max_conns_per_address (%d) is reached", cfg->max_conns_per_address);
+    else if (a->source && id &&
+             at_limit(id->open - (replaced && old->conn->identity == id), cfg->max_conns_per_identity))
+        snprintf(text, REASON_BYTES, "refused: max_conns_per_identity (%d) is reached by %.100s",
+                 cfg->max_conns_per_identity, id->name);
+    else
+        return false;
+    return true;
+}
+
+/* Whether anything is wrong with the peer, though libssl is content: a->refusal says what. */
+static bool hs_refuses(struct association *a)
+{
+    char text[REASON_BYTES], reason[REASON_BYTES / 2] = "";
     X509 *cert = SSL_get1_peer_certificate(a->ssl);
     bool bad = SSL_session_reused(a->ssl) == 1 && hs_refuses_session(a, cert, text);
     if (!bad && !a->ep->cfg.allow_no_ems && SSL_get_extms_support(a->ssl) != 1) {
         snprintf(text, REASON_BYTES, "refused: no extended master secret (RFC 7627)");
         bad = true;
     }
-    if (!bad && cert && !(*identity = identity_get(a->ep, cert))) {
-        snprintf(text, REASON_BYTES, "certificate refused: its name cannot be read");
+    bad = bad || !hs_identify(a, cert, text) || hs_is_too_many(a, text);
+    if (!bad && !traffic_welcomes(a, a->identity, reason, sizeof reason)) {
+        session_forget(a->ep, a->ssl);
+        snprintf(text, REASON_BYTES, "refused: %s", reason);
         bad = true;
     }
+    if (bad)
+        a->refusal = text_copy(text);
+    a->refused = bad;
     X509_free(cert);
     errors_clear();
     return bad;
 }
 
-/* Whether its address or its certificate has as many connections as it may; one that this replaces has ended. */
-static bool hs_is_too_many(const struct association *a, const struct identity *id, char text[REASON_BYTES])
+/* A client that a server refuses at the end of a full handshake hears why: in place of the server's last flight, which
+ * begins with its ChangeCipherSpec, goes an alert. Up to there it has spoken unprotected, so that is the right form. */
+static void hs_deny(struct association *a)
 {
-    const dtls_config *cfg = &a->ep->cfg;
-    if (a->source && at_limit(a->source->open, cfg->max_conns_per_address))
-        snprintf(text, REASON_BYTES, "refused: max_conns_per_address (%d) is reached", cfg->max_conns_per_address);
-    else if (a->source && id && at_limit(id->open, cfg->max_conns_per_identity))
-        snprintf(text, REASON_BYTES, "refused: max_conns_per_identity (%d) is reached by %.100s",
-                 cfg->max_conns_per_identity, id->name);
-    else
-        return false;
-    return true;
+    struct flight *f = a->wire.flight;
+    if (f->len <= RECORD_HEADER || f->bytes[0] != TYPE_CCS)
+        return;
+    const uint8_t alert[] = {0, 2, SSL3_AL_FATAL, SSL_AD_ACCESS_DENIED};
+    f->bytes[0] = TYPE_ALERT;
+    memcpy(f->bytes + RECORD_HEADER - 2, alert, sizeof alert);
+    f->len = RECORD_HEADER + 2;
+    SSL_set_shutdown(a->ssl, SSL_SENT_SHUTDOWN);
+}
+
+/* Lets libssl work until it wants more input. What it writes goes out packed. Returns what SSL_get_error() says. */
+static int hs_advance(struct association *a)
+{
+    struct flight flight;
+    errors_clear();
+    flight_begin(&a->wire, &flight, a->handshake->resends > 0);
+    int r = SSL_do_handshake(a->ssl);
+    if (r == 1 && hs_refuses(a) && a->conn->server)
+        hs_deny(a);
+    flight_end(&a->wire);
+    return r == 1 ? SSL_ERROR_NONE : SSL_get_error(a->ssl, r);
 }
 
 /* Nonce and tag of the suite's records, RFC 5288, 6655, 7905. */
@@ -4310,7 +4474,7 @@ static void hs_give_way(struct association *old)
 
 /* From here on the association is its connection's open one, instead of the one before and of all other tries. The
  * handshake is gone after this. */
-static void hs_take_over(struct association *a, struct identity *identity)
+static void hs_take_over(struct association *a)
 {
     dtls_conn *c = a->conn;
     struct association *old = c->open;
@@ -4330,7 +4494,8 @@ static void hs_take_over(struct association *a, struct identity *identity)
     if (old)
         assoc_end(old, DTLS_CLOSE_LOCAL);
     dial_end(c);
-    conn_set_identity(c, identity);
+    conn_set_identity(c, a->identity);
+    a->identity = NULL;
     c->resumed = SSL_session_reused(a->ssl) == 1;
     c->unanswered = c->doubted = false;
     c->last_in = c->idle_raised = a->used_at = loop_now(a->ep->loop);
@@ -4359,23 +4524,24 @@ static void hs_tell(struct association *a, bool renewed)
 static void hs_open(struct association *a)
 {
     dtls_conn *c = a->conn;
-    struct identity *identity = NULL;
-    char text[REASON_BYTES];
-    bool refused = hs_refuses(a, &identity, text), renewed = c->open != NULL;
+    bool renewed = c->open != NULL;
+    if (a->refused) {
+        hs_lose(a, DTLS_CLOSE_VERIFY, a->refusal ? a->refusal : "refused, and no memory to say why");
+        return;
+    }
     /* The callbacks in here may end it; until it is open the application does not know it. */
     struct association *old = assoc_next_same(a);
     if (old && old->conn != c) /* RFC 6347 section 4.2.8 */
         hs_give_way(old);
-    if (a->phase && (refused || hs_is_too_many(a, identity, text)))
-        hs_lose(a, DTLS_CLOSE_VERIFY, text);
+    if (a->phase && c->dial && c->dial->warning[0])
+        assoc_log(a, DTLS_LOG_WARNING, "not verified: %s", c->dial->warning);
     if (a->phase)
-        assoc_log(a, DTLS_LOG_INFO, "%s: %s, %s, %s", renewed ? "renewed" : "connected", identity ? identity->name : "",
-                  SSL_get_cipher_name(a->ssl), SSL_session_reused(a->ssl) ? "resumed session" : "full handshake");
-    if (!a->phase) {
-        identity_release(a->ep, identity);
+        assoc_log(a, DTLS_LOG_INFO, "%s: %s, %s, %s", renewed ? "renewed" : "connected",
+                  a->identity ? a->identity->name : "", SSL_get_cipher_name(a->ssl),
+                  SSL_session_reused(a->ssl) ? "resumed session" : "full handshake");
+    if (!a->phase)
         return;
-    }
-    hs_take_over(a, identity);
+    hs_take_over(a);
     c->state = CONN_OPEN;
     hs_tell(a, renewed);
 }
@@ -4728,6 +4894,18 @@ static void hs_tell_unfit(struct association *a, char *text, size_t size)
     errors_clear();
 }
 
+/* A wrong key shows by nothing but silence, since libssl drops what it cannot read. */
+static void hs_tell_psk(struct association *a, char *text, size_t size)
+{
+    const char *psk = a->conn->server ? SSL_get_psk_identity(a->ssl) : NULL;
+    struct identity *id = psk ? identity_get(a->ep, NULL, psk) : NULL;
+    size_t n = strlen(text);
+    if (id)
+        snprintf(text + n, size - n, "; %s, for identity %.100s",
+                 a->handshake->no_key ? "no pre-shared key is known" : "the pre-shared key may be wrong", id->name);
+    identity_release(a->ep, id);
+}
+
 static void hs_over(struct association *a, int64_t now)
 {
     dtls_conn *c = a->conn;
@@ -4735,6 +4913,7 @@ static void hs_over(struct association *a, int64_t now)
     snprintf(text, sizeof text, "timed out after %.1f s", (double)(now - hs_began_at(a)) / 1e6);
     hs_put_drops(a->handshake, text, sizeof text);
     hs_tell_unfit(a, text, sizeof text);
+    hs_tell_psk(a, text, sizeof text);
     while (c->tries->older)
         hs_try_remove(c->tries == a ? c->tries->older : c->tries);
     if (c->dial)
@@ -4936,8 +5115,10 @@ static struct guard hs_guard(const struct association *a)
 {
     const struct handshake *h = a->handshake;
     OSSL_HANDSHAKE_STATE step = SSL_get_state(a->ssl);
+    const SSL_CIPHER *suite = SSL_get_pending_cipher(a->ssl);
+    bool psk = suite && SSL_CIPHER_get_auth_nid(suite) == NID_auth_psk;
     return (struct guard){.server = a->conn->server,
-                          .asks = SSL_get_verify_mode(a->ssl) != SSL_VERIFY_NONE,
+                          .asks = SSL_get_verify_mode(a->ssl) != SSL_VERIFY_NONE && !psk,
                           .tickets = !(SSL_get_options(a->ssl) & SSL_OP_NO_TICKET),
                           .offers = a->conn->dial && a->conn->dial->session,
                           .resumed = SSL_session_reused(a->ssl) == 1,
@@ -5083,7 +5264,7 @@ static const struct phase open_phase = {open_rules, traffic_input, traffic_work,
 int dtls_conn_renew(dtls_conn *c)
 {
     dtls_error err;
-    if (c->server || c->state != CONN_OPEN || c->ep->sending)
+    if (c->server || c->state != CONN_OPEN || c->ep->inside)
         return DTLS_ERR_STATE;
     loop_enter(c->ep->loop);
     int r = hs_renew(c, &err);
@@ -5097,6 +5278,8 @@ enum {
     ALPN_BYTES = 1024,
     BYTES_PER_CERTIFICATE = 1600 /* of a chain: five certificates in 8 KB */
 };
+
+#define SUITES "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 static void config_default(int *field, int value)
 {
@@ -5138,11 +5321,18 @@ static int config_check(dtls_config *cfg, dtls_error *err)
     return 0;
 }
 
-/* Without this OpenSSL would ask for the password on the terminal. */
-static int ctx_no_password(char *buf, int size, int writing, void *user)
+/* Whose password is asked for; without a callback OpenSSL would ask on the terminal. */
+struct secret {
+    const dtls_config *cfg;
+    const char *file;
+};
+
+static int ctx_password(char *buf, int size, int writing, void *user)
 {
-    (void)buf, (void)size, (void)writing, (void)user;
-    return -1;
+    const struct secret *of = user;
+    (void)writing;
+    int n = of && of->cfg->on_password ? of->cfg->on_password(of->cfg->user, of->file, buf, size) : -1;
+    return n > size ? -1 : n;
 }
 
 static int ctx_readable(const char *file, dtls_error *err)
@@ -5155,6 +5345,37 @@ static int ctx_readable(const char *file, dtls_error *err)
     if (!error && !empty)
         return 0;
     return fail(err, DTLS_ERR_CERT, "%.150s: %s", file, empty ? "empty" : strerror(error));
+}
+
+/* A key from a store that a provider of OpenSSL 3 has. */
+static EVP_PKEY *ctx_stored_key(const char *uri, struct secret *of)
+{
+    EVP_PKEY *key = NULL;
+#if OPENSSL_VERSION_NUMBER >= 0x30000000L
+    UI_METHOD *ask = UI_UTIL_wrap_read_pem_callback(ctx_password, 0);
+    OSSL_STORE_CTX *store = ask ? OSSL_STORE_open(uri, ask, of, NULL, NULL) : NULL;
+    if (store)
+        OSSL_STORE_expect(store, OSSL_STORE_INFO_PKEY);
+    while (store && !key && !OSSL_STORE_eof(store)) {
+        OSSL_STORE_INFO *info = OSSL_STORE_load(store);
+        key = info && OSSL_STORE_INFO_get_type(info) == OSSL_STORE_INFO_PKEY ? OSSL_STORE_INFO_get1_PKEY(info) : NULL;
+        OSSL_STORE_INFO_free(info);
+        if (!info && OSSL_STORE_error(store))
+            break;
+    }
+    OSSL_STORE_close(store);
+    UI_destroy_method(ask);
+#else
+    (void)uri, (void)of;
+#endif
+    return key;
+}
+
+/* "pkcs11:object=..." and the like, but not a file that is called so. */
+static bool ctx_is_uri(const char *file)
+{
+    size_t n = strcspn(file, ":/");
+    return n > 1 && file[n] == ':' && access(file, F_OK) < 0;
 }
 
 static int ctx_check_dates(SSL_CTX *ctx, const char *file, dtls_error *err)
@@ -5182,18 +5403,34 @@ static int ctx_load_cert(SSL_CTX *ctx, const char *file, dtls_error *err)
     return ctx_check_dates(ctx, file, err);
 }
 
-static int ctx_load_key(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
+static int ctx_use_key(SSL_CTX *ctx, const char *file, struct secret *of, dtls_error *err)
 {
-    if (ctx_readable(cfg->key_file, err) < 0)
-        return DTLS_ERR_CERT;
+    if (ctx_is_uri(file)) {
+        EVP_PKEY *key = ctx_stored_key(file, of);
+        int r = key ? SSL_CTX_use_PrivateKey(ctx, key) : 0;
+        EVP_PKEY_free(key);
+        if (r == 1 || key)
+            return r;
+        return fail(err, DTLS_ERR_CERT, "%.150s: no key; is its provider configured (openssl storeutl -keys)?", file);
+    }
+    return ctx_readable(file, err) < 0 ? -1 : SSL_CTX_use_PrivateKey_file(ctx, file, SSL_FILETYPE_PEM);
+}
+
+static int ctx_load_key(SSL_CTX *ctx, const dtls_config *cfg, const dtls_cert *cert, dtls_error *err)
+{
+    struct secret of = {.cfg = cfg, .file = cert->key_file};
     errors_clear();
-    if (SSL_CTX_use_PrivateKey_file(ctx, cfg->key_file, SSL_FILETYPE_PEM) == 1)
+    SSL_CTX_set_default_passwd_cb_userdata(ctx, &of);
+    int r = ctx_use_key(ctx, cert->key_file, &of, err);
+    SSL_CTX_set_default_passwd_cb_userdata(ctx, NULL);
+    if (r == 1)
         return 0;
+    if (r < 0)
+        return DTLS_ERR_CERT;
     if (ERR_GET_LIB(ERR_peek_last_error()) == ERR_LIB_X509)
-        return fail(err, DTLS_ERR_CERT, "%.100s: the key does not match %.100s", cfg->key_file, cfg->cert_file);
-    return fail(err, DTLS_ERR_CERT,
-                "%.150s: no private key in PEM form, or one with a password ('openssl pkey' removes it)",
-                cfg->key_file);
+        return fail(err, DTLS_ERR_CERT, "%.100s: the key does not match %.100s", cert->key_file, cert->cert_file);
+    return fail(err, DTLS_ERR_CERT, "%.150s: no private key in PEM form, or one with %s password%s", cert->key_file,
+                cfg->on_password ? "another" : "a", cfg->on_password ? "" : " ('openssl pkey' removes it)");
 }
 
 static int ctx_load_ca(SSL_CTX *ctx, const char *file, dtls_error *err)
@@ -5209,12 +5446,40 @@ static int ctx_load_ca(SSL_CTX *ctx, const char *file, dtls_error *err)
     return 0;
 }
 
-static int ctx_load(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
+static int ctx_load_crl(SSL_CTX *ctx, const char *file, dtls_error *err)
 {
-    if ((cfg->cert_file && ctx_load_cert(ctx, cfg->cert_file, err) < 0) ||
-        (cfg->key_file && ctx_load_key(ctx, cfg, err) < 0) || (cfg->ca_file && ctx_load_ca(ctx, cfg->ca_file, err) < 0))
+    X509_STORE *store = SSL_CTX_get_cert_store(ctx);
+    X509_LOOKUP *lookup = X509_STORE_add_lookup(store, X509_LOOKUP_file());
+    if (ctx_readable(file, err) < 0)
         return DTLS_ERR_CERT;
-    if (!cfg->ca_file && !cfg->on_ssl_ctx)
+    if (!lookup || X509_load_crl_file(lookup, file, X509_FILETYPE_PEM) < 1 ||
+        X509_STORE_set_flags(store, X509_V_FLAG_CRL_CHECK) != 1)
+        return fail(err, DTLS_ERR_CERT, "%.150s: no revocation list in PEM form", file);
+    return 0;
+}
+
+static bool config_has_psk(const dtls_config *cfg)
+{
+    return cfg->psk || cfg->psk_identity;
+}
+
+/* Whether there is anything but pre-shared keys. */
+static bool config_has_certs(const dtls_config *cfg)
+{
+    return cfg->cert_file || cfg->ca_file || cfg->ca_system || cfg->on_ssl_ctx || !config_has_psk(cfg);
+}
+
+static int ctx_load(SSL_CTX *ctx, const dtls_config *cfg, const dtls_cert *cert, dtls_error *err)
+{
+    bool needs_ca = config_has_certs(cfg) && cfg->auth != DTLS_AUTH_SERVER && cfg->auth != DTLS_AUTH_INSECURE;
+    if ((cert->cert_file && ctx_load_cert(ctx, cert->cert_file, err) < 0) ||
+        (cert->key_file && ctx_load_key(ctx, cfg, cert, err) < 0) ||
+        (cfg->ca_file && ctx_load_ca(ctx, cfg->ca_file, err) < 0) ||
+        (cfg->crl_file && ctx_load_crl(ctx, cfg->crl_file, err) < 0))
+        return DTLS_ERR_CERT;
+    if (cfg->ca_system && SSL_CTX_set_default_verify_paths(ctx) != 1)
+        return fail(err, DTLS_ERR_CERT, "the CAs that the system trusts cannot be read");
+    if (needs_ca && !cfg->ca_file && !cfg->ca_system && !cfg->on_ssl_ctx)
         return fail(err, DTLS_ERR_CERT, "a CA certificate is needed, or every peer is refused");
     if (cfg->on_ssl_ctx && cfg->on_ssl_ctx(cfg->user, ctx) != 0)
         return fail(err, DTLS_ERR_TLS, "on_ssl_ctx gave up");
@@ -5222,37 +5487,49 @@ static int ctx_load(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
 }
 
 /* Suites that this file is not made for: with CBC anybody's record ends a connection (openssl/openssl#24972); the others
- * have no forward secrecy, or prove nobody's identity. */
-static int ctx_check_suites(SSL_CTX *ctx, dtls_error *err)
+ * have no forward secrecy, or prove nobody's identity. Pre-shared keys are an exception where they are asked for. */
+static int ctx_check_suites(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
 {
     STACK_OF(SSL_CIPHER) *ciphers = SSL_CTX_get_ciphers(ctx);
     for (int i = 0; i < sk_SSL_CIPHER_num(ciphers); i++) {
         const SSL_CIPHER *cipher = sk_SSL_CIPHER_value(ciphers, i);
         int kx = SSL_CIPHER_get_kx_nid(cipher), auth = SSL_CIPHER_get_auth_nid(cipher);
-        bool of_tls13 = kx == NID_kx_any;
+        bool of_tls13 = kx == NID_kx_any, of_psk = auth == NID_auth_psk && config_has_psk(cfg);
         if (!SSL_CIPHER_is_aead(cipher))
             return fail(err, DTLS_ERR_ARG, "%s: only AEAD suites are safe with DTLS", SSL_CIPHER_get_name(cipher));
-        if (!of_tls13 && ((kx != NID_kx_ecdhe && kx != NID_kx_dhe) || (auth != NID_auth_rsa && auth != NID_auth_ecdsa)))
+        if (!of_tls13 && !of_psk &&
+            ((kx != NID_kx_ecdhe && kx != NID_kx_dhe) || (auth != NID_auth_rsa && auth != NID_auth_ecdsa)))
             return fail(err, DTLS_ERR_ARG, "%s: only suites with ECDHE or DHE and certificates",
                         SSL_CIPHER_get_name(cipher));
     }
     return 0;
 }
 
+/* OpenSSL takes a certificate whose extensions it could not read, be it for want of memory, and goes without them. */
+static int ctx_check_cert(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
+{
+    X509 *cert = SSL_CTX_get0_certificate(ctx);
+    bool optional = !cfg->cert_file && (!config_has_certs(cfg) || cfg->auth == DTLS_AUTH_SERVER || config_has_psk(cfg));
+    if (!cert && optional)
+        return 0;
+    if (!cert || SSL_CTX_check_private_key(ctx) != 1)
+        return fail(err, DTLS_ERR_CERT, "a certificate and its private key are needed");
+    if (X509_check_purpose(cert, -1, 0) != 1)
+        return fail(err, DTLS_ERR_CERT, "the certificate has extensions that OpenSSL cannot read");
+    return 0;
+}
+
 /* After on_ssl_ctx, which may have changed anything: what the guard relies on must still hold. */
-static int ctx_check(SSL_CTX *ctx, dtls_error *err)
+static int ctx_check(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
 {
     SSL_CTX_clear_options(ctx, SSL_OP_NO_QUERY_MTU); /* with it libssl would not ask the BIO, and send nothing */
-    if (ctx_check_suites(ctx, err) < 0)
+    if (ctx_check_suites(ctx, cfg, err) < 0)
         return DTLS_ERR_ARG;
     if (SSL_CTX_get_min_proto_version(ctx) != DTLS1_2_VERSION || SSL_CTX_get_max_proto_version(ctx) != DTLS1_2_VERSION)
         return fail(err, DTLS_ERR_ARG, "on_ssl_ctx changed the versions; only DTLS 1.2 is possible");
-    if (!SSL_CTX_get0_certificate(ctx) || SSL_CTX_check_private_key(ctx) != 1)
-        return fail(err, DTLS_ERR_CERT, "a certificate and its private key are needed");
-    /* OpenSSL takes a certificate whose extensions it could not read, be it for want of memory, and goes without them. */
-    if (X509_check_purpose(SSL_CTX_get0_certificate(ctx), -1, 0) != 1)
-        return fail(err, DTLS_ERR_CERT, "the certificate has extensions that OpenSSL cannot read");
-    /* The same with a CA, and with its key, and refuses every peer. */
+    if (ctx_check_cert(ctx, cfg, err) < 0)
+        return DTLS_ERR_CERT;
+    /* OpenSSL also takes a CA whose extensions or key it could not read, and refuses every peer. */
     STACK_OF(X509_OBJECT) *trusted = store_objects(SSL_CTX_get_cert_store(ctx));
     int bad = trusted == NULL;
     for (int i = 0; i < sk_X509_OBJECT_num(trusted); i++) {
@@ -5290,13 +5567,24 @@ static int ctx_session_new(SSL *ssl, SSL_SESSION *session)
     return !chain;
 }
 
+/* Whom the application does not let in any more resumes nothing: in a full handshake he can be told. */
+static bool ctx_welcomes(struct association *a, SSL_SESSION *session)
+{
+    char reason[REASON_BYTES];
+    X509 *cert = SSL_SESSION_get0_peer(session);
+    struct identity *id = cert ? identity_get(a->ep, cert, NULL) : NULL;
+    bool welcome = !id || traffic_welcomes(a, id, reason, sizeof reason);
+    identity_release(a->ep, id);
+    return welcome;
+}
+
 /* A client wants to resume. It gets a copy: libssl marks a session as spoilt when a handshake with it fails. */
 static SSL_SESSION *ctx_session_get(SSL *ssl, const unsigned char *id, int len, int *copy)
 {
     dtls_endpoint *ep = assoc_of(ssl)->ep;
     struct session *s = session_find(ep, id, (unsigned)len);
     *copy = 0;
-    return s ? SSL_SESSION_dup(s->session) : NULL;
+    return s && ctx_welcomes(assoc_of(ssl), s->session) ? SSL_SESSION_dup(s->session) : NULL;
 }
 
 /* ALPN, RFC 7301. */
@@ -5307,7 +5595,7 @@ static int ctx_alpn_select(SSL *ssl, const unsigned char **chosen, unsigned char
 {
     const dtls_endpoint *ep = user;
     (void)ssl;
-    for (const char *name = ep->alpn; *name; name += strlen(name) + 1) {
+    for (const char *name = ep->trust.alpn ? ep->trust.alpn : ""; *name; name += strlen(name) + 1) {
         for (unsigned i = 0; i < theirs_len; i += theirs[i] + 1u) {
             if (theirs[i] == strlen(name) && memcmp(name, theirs + i + 1, theirs[i]) == 0) {
                 *chosen = theirs + i + 1;
@@ -5319,21 +5607,22 @@ static int ctx_alpn_select(SSL *ssl, const unsigned char **chosen, unsigned char
     return SSL_TLSEXT_ERR_ALERT_FATAL;
 }
 
-/* The protocols of the configuration, as libssl wants them and as text. 0 or an error. */
-static int ctx_set_alpn(SSL_CTX *ctx, dtls_endpoint *ep, dtls_error *err)
+/* The protocols of the configuration, as libssl wants them and as text: *names is the caller's to free. 0 or an error. */
+static int ctx_set_alpn(SSL_CTX *ctx, dtls_endpoint *ep, const char *text, char **alpn, dtls_error *err)
 {
     uint8_t names[ALPN_BYTES];
-    const char *text = ep->cfg.alpn;
     size_t n = strlen(text), length_at = 0;
     if (n == 0 || n + 1 > sizeof names)
         return fail(err, DTLS_ERR_ARG, "alpn must be names with commas between them, at most %d bytes", ALPN_BYTES - 1);
-    ep->alpn = calloc(1, n + 2);
-    if (!ep->alpn)
+    char *list = calloc(1, n + 2);
+    free(*alpn);
+    *alpn = list;
+    if (!list)
         return fail(err, DTLS_ERR_MEMORY, "out of memory");
     memcpy(names + 1, text, n); /* and where the commas were, and in front, stands the length of what follows */
     for (size_t i = 0; i <= n; i++) {
         bool ends = i == n || text[i] == ',';
-        ep->alpn[i] = ends ? 0 : text[i];
+        list[i] = ends ? 0 : text[i];
         if (ends && (i == length_at || i - length_at > UINT8_MAX))
             return fail(err, DTLS_ERR_ARG, "alpn: each name must have 1 to 255 bytes");
         names[ends ? length_at : i + 1] = ends ? (uint8_t)(i - length_at) : (uint8_t)text[i];
@@ -5341,6 +5630,106 @@ static int ctx_set_alpn(SSL_CTX *ctx, dtls_endpoint *ep, dtls_error *err)
     }
     SSL_CTX_set_alpn_select_cb(ctx, ctx_alpn_select, ep);
     return SSL_CTX_set_alpn_protos(ctx, names, (unsigned)n + 1) == 0 ? 0 : fail(err, DTLS_ERR_MEMORY, "out of memory");
+}
+
+/* Pre-shared keys. */
+
+static unsigned ctx_psk_client(SSL *ssl, const char *hint, char *identity, unsigned identity_size, unsigned char *key,
+                               unsigned key_size)
+{
+    const struct trust *t = &assoc_of(ssl)->ep->trust;
+    (void)hint;
+    if (!t->psk_identity || strlen(t->psk_identity) >= identity_size || t->psk_key_len > key_size)
+        return 0;
+    memcpy(identity, t->psk_identity, strlen(t->psk_identity) + 1);
+    memcpy(key, t->psk_key, t->psk_key_len);
+    return (unsigned)t->psk_key_len;
+}
+
+/* An identity that is not known gets a key that nobody has: from outside that looks like a wrong key. */
+static unsigned ctx_psk_server(SSL *ssl, const char *identity, unsigned char *key, unsigned size)
+{
+    struct association *a = assoc_of(ssl);
+    dtls_endpoint *ep = a->ep;
+    uint8_t found[DTLS_PSK_MAX];
+    size_t n = 0;
+    ep->inside = true;
+    if (ep->cfg.psk)
+        n = ep->cfg.psk(ep->cfg.user, identity, found);
+    ep->inside = false;
+    bool known = n > 0 && n <= sizeof found && n <= size;
+    if (!known && RAND_bytes(found, sizeof found) != 1)
+        return 0;
+    n = known ? n : sizeof found;
+    memcpy(key, found, n);
+    OPENSSL_cleanse(found, sizeof found);
+    if (a->handshake)
+        a->handshake->no_key = !known;
+    return (unsigned)n;
+}
+
+/* CCM_8 has a short tag, so OpenSSL thinks it is weak. Whoever asks for it gets it, and nothing else that is. */
+static int ctx_allows(const SSL *ssl, const SSL_CTX *ctx, int op, int bits, int nid, void *other, void *user)
+{
+    const SSL_CIPHER *cipher = other;
+    bool of_suite = op == SSL_SECOP_CIPHER_SUPPORTED || op == SSL_SECOP_CIPHER_SHARED || op == SSL_SECOP_CIPHER_CHECK;
+    if (of_suite && strcmp(SSL_CIPHER_get_name(cipher), "PSK-AES128-CCM8") == 0)
+        return 1;
+    return ((int (*)(const SSL *, const SSL_CTX *, int, int, int, void *, void *))(uintptr_t)user)(ssl, ctx, op, bits,
+                                                                                                   nid, other, NULL);
+}
+
+static int ctx_set_psk(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
+{
+    char suites[256];
+    if (!config_has_psk(cfg))
+        return 0;
+    if (cfg->psk_identity && (!*cfg->psk_identity || strlen(cfg->psk_identity) > 127 || !cfg->psk_key ||
+                              cfg->psk_key_len < 1 || cfg->psk_key_len > DTLS_PSK_MAX))
+        return fail(err, DTLS_ERR_ARG, "a pre-shared key has an identity of 1 to 127 bytes, and 1 to %d bytes",
+                    DTLS_PSK_MAX);
+    if (cfg->psk_ccm8) {
+        void *usual = (void *)(uintptr_t)SSL_CTX_get_security_callback(ctx);
+        SSL_CTX_set_security_callback(ctx, ctx_allows);
+        SSL_CTX_set0_security_ex_data(ctx, usual);
+    }
+    snprintf(suites, sizeof suites,
+             "%sECDHE-PSK-CHACHA20-POLY1305:PSK-AES256-GCM-SHA384:PSK-AES128-GCM-SHA256:"
+             "PSK-CHACHA20-POLY1305%s",
+             config_has_certs(cfg) ? SUITES ":" : "", cfg->psk_ccm8 ? ":PSK-AES128-CCM8" : "");
+    if (SSL_CTX_set_cipher_list(ctx, suites) != 1)
+        return fail(err, DTLS_ERR_TLS, "this OpenSSL has no suites for pre-shared keys");
+    if (cfg->psk_identity)
+        SSL_CTX_set_psk_client_callback(ctx, ctx_psk_client);
+    if (cfg->psk)
+        SSL_CTX_set_psk_server_callback(ctx, ctx_psk_server);
+    return 0;
+}
+
+/* Names. The first certificate that has the name that the client asks for. */
+static int ctx_server_name(SSL *ssl, int *alert, void *user)
+{
+    dtls_endpoint *ep = user;
+    const char *name = SSL_get_servername(ssl, TLSEXT_NAMETYPE_host_name);
+    X509 *cert = SSL_CTX_get0_certificate(ep->trust.ctx);
+    if (!name || (cert && X509_check_host(cert, name, 0, NAME_FLAGS, NULL) == 1))
+        return SSL_TLSEXT_ERR_OK;
+    for (size_t i = 0; i < ep->trust.named_len; i++) {
+        cert = SSL_CTX_get0_certificate(ep->trust.named[i]);
+        if (X509_check_host(cert, name, 0, NAME_FLAGS, NULL) == 1)
+            return SSL_set_SSL_CTX(ssl, ep->trust.named[i]) ? SSL_TLSEXT_ERR_OK : SSL_TLSEXT_ERR_ALERT_FATAL;
+    }
+    *alert = SSL_AD_UNRECOGNIZED_NAME;
+    return ep->cfg.strict_names ? SSL_TLSEXT_ERR_ALERT_FATAL : SSL_TLSEXT_ERR_NOACK;
+}
+
+static void ctx_keylog(const SSL *ssl, const char *line)
+{
+    dtls_endpoint *ep = assoc_of((SSL *)(uintptr_t)ssl)->ep;
+    ep->inside = true;
+    if (ep->cfg.on_keylog)
+        ep->cfg.on_keylog(ep->cfg.user, line);
+    ep->inside = false;
 }
 
 /* No DSA, no SHA-1, no SHA-224: RFC 9325 section 4.2, RFC 9155. */
@@ -5369,13 +5758,11 @@ static void ctx_message(int outgoing, int version, int type, const void *bytes, 
 }
 
 /* What on_ssl_ctx may change later. */
-static int ctx_defaults(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
+static int ctx_defaults(SSL_CTX *ctx, const dtls_config *cfg, const struct trust *t, dtls_error *err)
 {
-    uint8_t id[SSL_MAX_SID_CTX_LENGTH];
     /* DTLSv1_listen stays a DTLS 1.2 call: the cap is on purpose, here and nowhere else. */
     if (SSL_CTX_set_min_proto_version(ctx, DTLS1_2_VERSION) != 1 ||
-        SSL_CTX_set_max_proto_version(ctx, DTLS1_2_VERSION) != 1 ||
-        SSL_CTX_set_cipher_list(ctx, "ECDHE+AESGCM:ECDHE+CHACHA20") != 1)
+        SSL_CTX_set_max_proto_version(ctx, DTLS1_2_VERSION) != 1 || SSL_CTX_set_cipher_list(ctx, SUITES) != 1)
         return fail(err, DTLS_ERR_TLS, "this OpenSSL has no DTLS 1.2 with ECDHE and AEAD suites");
     /* Whatever this OpenSSL was built with. */
     if (SSL_CTX_get_security_level(ctx) < 2)
@@ -5390,11 +5777,17 @@ static int ctx_defaults(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
     SSL_CTX_set_mode(ctx, SSL_MODE_NO_AUTO_CHAIN | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
     SSL_CTX_set_max_cert_list(ctx, cfg->max_chain_bytes);
     SSL_CTX_set_msg_callback(ctx, ctx_message);
-    SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, NULL);
-    SSL_CTX_set_default_passwd_cb(ctx, ctx_no_password);
+    SSL_CTX_set_verify(ctx,
+                       cfg->auth == DTLS_AUTH_OPTIONAL ? SSL_VERIFY_PEER
+                       : cfg->auth == DTLS_AUTH_SERVER ? SSL_VERIFY_NONE
+                                                       : SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT,
+                       NULL);
+    SSL_CTX_set_default_passwd_cb(ctx, ctx_password);
+    if (cfg->on_keylog)
+        SSL_CTX_set_keylog_callback(ctx, ctx_keylog);
     /* Resumption with client certificates needs a context; a random one keeps sessions within this set of trust. */
-    if (RAND_bytes(id, sizeof id) != 1 || SSL_CTX_set_session_id_context(ctx, id, sizeof id) != 1)
-        return fail(err, DTLS_ERR_TLS, "OpenSSL has no random numbers");
+    if (SSL_CTX_set_session_id_context(ctx, t->id, sizeof t->id) != 1)
+        return fail(err, DTLS_ERR_TLS, "OpenSSL takes no context for sessions");
     if (cfg->session_cache == DTLS_NEVER) {
         SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_OFF);
     } else {
@@ -5643,7 +6036,7 @@ static void ep_listening_writable(struct udp *u)
 
 int dtls_endpoint_input(dtls_endpoint *ep, const void *data, size_t len, const dtls_addr *from, const dtls_addr *to)
 {
-    if (ep->sending)
+    if (ep->inside)
         return DTLS_ERR_STATE;
     loop_enter(ep->loop);
     if (!ep->closed) {
@@ -5710,8 +6103,12 @@ static int ep_listen_everywhere(dtls_endpoint *ep, dtls_addr *a, dtls_error *err
 /* Every peer would refuse a certificate whose extendedKeyUsage says otherwise. */
 static int ep_check_purpose(const dtls_endpoint *ep, int purpose, dtls_error *err)
 {
-    if (X509_check_purpose(SSL_CTX_get0_certificate(ep->ctx), purpose, 0) == 1)
+    X509 *cert = SSL_CTX_get0_certificate(ep->trust.ctx);
+    bool server = purpose == X509_PURPOSE_SSL_SERVER;
+    if (cert ? X509_check_purpose(cert, purpose, 0) == 1 : !server || ep->cfg.psk)
         return 0;
+    if (!cert)
+        return fail(err, DTLS_ERR_CERT, "a server needs a certificate and its private key, or pre-shared keys");
     return fail(err, DTLS_ERR_CERT, "the certificate is not for a %s (extendedKeyUsage)",
                 purpose == X509_PURPOSE_SSL_SERVER ? "server" : "client");
 }
@@ -5825,7 +6222,7 @@ static int ep_check_target(dtls_endpoint *ep, const dtls_target *t, dtls_addr *p
 {
     char text[DTLS_ADDR_TEXT];
     *peer = t->peer;
-    if (ep->sending || ep->closed)
+    if (ep->inside || ep->closed)
         return fail(err, DTLS_ERR_STATE, "not possible now");
     if (t->host && ep->cfg.send)
         return fail(err, DTLS_ERR_ARG, "%.100s: a transport of your own needs the peer's address", t->host);
@@ -5871,6 +6268,66 @@ dtls_conn *dtls_endpoint_connect(dtls_endpoint *ep, const dtls_target *t, dtls_e
     errors_clear();
     loop_leave(ep->loop);
     return c;
+}
+
+/* Who we are and whom we trust. */
+
+static void trust_free(struct trust *t)
+{
+    for (size_t i = 0; i < t->named_len; i++)
+        SSL_CTX_free(t->named[i]);
+    SSL_CTX_free(t->ctx);
+    free(t->named);
+    free(t->alpn);
+    free(t->psk_identity);
+    OPENSSL_cleanse(t, sizeof *t);
+}
+
+/* NULL: *err tells why. */
+static SSL_CTX *trust_ctx(dtls_endpoint *ep, const dtls_config *cfg, const dtls_cert *cert, struct trust *t,
+                          dtls_error *err)
+{
+    SSL_CTX *ctx = SSL_CTX_new(DTLS_method());
+    if (!ctx) {
+        fail(err, DTLS_ERR_MEMORY, "out of memory");
+        return NULL;
+    }
+    SSL_CTX_set_cookie_generate_cb(ctx, cookie_generate);
+    SSL_CTX_set_cookie_verify_cb(ctx, cookie_verify);
+    if (cfg->certs_len > 0 || cfg->strict_names) {
+        SSL_CTX_set_tlsext_servername_callback(ctx, ctx_server_name);
+        SSL_CTX_set_tlsext_servername_arg(ctx, ep);
+    }
+    if (ctx_defaults(ctx, cfg, t, err) == 0 && ctx_set_psk(ctx, cfg, err) == 0 &&
+        (!cfg->alpn || ctx_set_alpn(ctx, ep, cfg->alpn, &t->alpn, err) == 0) && ctx_load(ctx, cfg, cert, err) == 0 &&
+        ctx_check(ctx, cfg, err) == 0)
+        return ctx;
+    SSL_CTX_free(ctx);
+    return NULL;
+}
+
+/* Builds and checks all of it. 0 or an error, and then trust_free() is up to the caller all the same. */
+static int trust_build(dtls_endpoint *ep, const dtls_config *cfg, struct trust *t, dtls_error *err)
+{
+    const dtls_cert own = {.cert_file = cfg->cert_file, .key_file = cfg->key_file};
+    *t = (struct trust){.psk_key_len = cfg->psk_identity ? cfg->psk_key_len : 0};
+    if (RAND_bytes(t->id, sizeof t->id) != 1)
+        return fail(err, DTLS_ERR_TLS, "OpenSSL has no random numbers");
+    t->ctx = trust_ctx(ep, cfg, &own, t, err);
+    if (!t->ctx)
+        return err && err->code ? err->code : DTLS_ERR_CERT;
+    t->named = cfg->certs_len ? calloc(cfg->certs_len, sizeof *t->named) : NULL;
+    t->psk_identity = cfg->psk_identity ? text_copy(cfg->psk_identity) : NULL;
+    if ((cfg->certs_len && !t->named) || (cfg->psk_identity && !t->psk_identity))
+        return fail(err, DTLS_ERR_MEMORY, "out of memory");
+    if (cfg->psk_identity)
+        memcpy(t->psk_key, cfg->psk_key, cfg->psk_key_len);
+    for (; t->named_len < cfg->certs_len; t->named_len++) {
+        t->named[t->named_len] = trust_ctx(ep, cfg, &cfg->certs[t->named_len], t, err);
+        if (!t->named[t->named_len])
+            return err && err->code ? err->code : DTLS_ERR_CERT;
+    }
+    return 0;
 }
 
 /* The endpoint. */
@@ -5959,10 +6416,9 @@ static void ep_destroy(struct object *o)
     free(ep->sources.slots);
     free(ep->identities.slots);
     free(ep->sessions.slots);
-    free(ep->alpn);
     timer_done(ep->loop, &ep->kinds_timer);
     BIO_ADDR_free(ep->listen_addr);
-    SSL_CTX_free(ep->ctx);
+    trust_free(&ep->trust);
     BIO_meth_free(ep->bio_method);
     OPENSSL_cleanse(ep, sizeof *ep);
     free(ep);
@@ -5986,7 +6442,7 @@ static void ep_end(struct object *o)
 
 void dtls_endpoint_free(dtls_endpoint *ep)
 {
-    if (!ep || ep->closed || ep->sending)
+    if (!ep || ep->closed || ep->inside)
         return;
     dtls_loop *l = ep->loop;
     loop_enter(l);
@@ -6019,23 +6475,66 @@ static int ep_setup(dtls_endpoint *ep, dtls_error *err)
         return DTLS_ERR_ARG;
     ep->bio_method = bio_method_new();
     ep->listen_addr = BIO_ADDR_new();
-    ep->ctx = SSL_CTX_new(DTLS_method());
-    if (!ep->bio_method || !ep->listen_addr || !ep->ctx)
+    if (!ep->bio_method || !ep->listen_addr)
         return fail(err, DTLS_ERR_MEMORY, "out of memory");
     if (!ep_make_tables(ep))
         return fail(err, DTLS_ERR_MEMORY, "out of memory, or of random numbers");
     if (RAND_bytes(&ep->secret[0][0], sizeof ep->secret) != 1)
         return fail(err, DTLS_ERR_TLS, "OpenSSL has no random numbers");
     ep->secret_at = loop_now(ep->loop);
-    if (ctx_defaults(ep->ctx, &ep->cfg, err) < 0)
-        return DTLS_ERR_TLS;
-    if (ep->cfg.alpn && ctx_set_alpn(ep->ctx, ep, err) < 0)
-        return DTLS_ERR_ARG;
-    SSL_CTX_set_cookie_generate_cb(ep->ctx, cookie_generate);
-    SSL_CTX_set_cookie_verify_cb(ep->ctx, cookie_verify);
-    if (ctx_load(ep->ctx, &ep->cfg, err) < 0)
-        return DTLS_ERR_CERT;
-    return ctx_check(ep->ctx, err);
+    return trust_build(ep, &ep->cfg, &ep->trust, err);
+}
+
+/* Used up; not ours to keep. */
+static void ep_forget_files(dtls_config *cfg)
+{
+    cfg->cert_file = cfg->key_file = cfg->ca_file = cfg->crl_file = cfg->alpn = cfg->psk_identity = NULL;
+    cfg->psk_key = NULL;
+    cfg->certs = NULL;
+}
+
+int dtls_endpoint_reload(dtls_endpoint *ep, const dtls_config *from, dtls_error *err)
+{
+    struct trust t;
+    dtls_config cfg = ep->cfg;
+    if (ep->closed || ep->inside)
+        return fail(err, DTLS_ERR_STATE, "not possible now");
+    cfg.cert_file = from->cert_file;
+    cfg.key_file = from->key_file;
+    cfg.ca_file = from->ca_file;
+    cfg.crl_file = from->crl_file;
+    cfg.ca_system = from->ca_system;
+    cfg.auth = from->auth;
+    cfg.certs = from->certs;
+    cfg.certs_len = from->certs_len;
+    cfg.strict_names = from->strict_names;
+    cfg.alpn = from->alpn;
+    cfg.on_password = from->on_password;
+    cfg.psk_identity = from->psk_identity;
+    cfg.psk_key = from->psk_key;
+    cfg.psk_key_len = from->psk_key_len;
+    cfg.psk = from->psk;
+    cfg.psk_ccm8 = from->psk_ccm8;
+    loop_enter(ep->loop);
+    errors_clear();
+    int r = trust_build(ep, &cfg, &t, err);
+    errors_clear();
+    if (r == 0) {
+        t.since = time(NULL);
+        trust_free(&ep->trust); /* handshakes under way hold what they need of it */
+        ep->trust = t;
+        ep->cfg = cfg;
+        ep_forget_files(&ep->cfg);
+        while (ep->newest)
+            session_drop(ep, ep->newest);
+        if (ep->spare)
+            assoc_destroy(&ep->spare->object);
+        ep->spare = NULL;
+    } else {
+        trust_free(&t);
+    }
+    loop_leave(ep->loop);
+    return r;
 }
 
 dtls_endpoint *dtls_endpoint_new(dtls_loop *l, const dtls_config *config, dtls_error *err)
@@ -6061,7 +6560,7 @@ dtls_endpoint *dtls_endpoint_new(dtls_loop *l, const dtls_config *config, dtls_e
         ep_destroy(&ep->object);
         return NULL;
     }
-    ep->cfg.cert_file = ep->cfg.key_file = ep->cfg.ca_file = ep->cfg.alpn = NULL; /* used up; not ours to keep */
+    ep_forget_files(&ep->cfg);
     list_add(&l->live, &ep->object);
     return ep;
 }

@@ -185,32 +185,81 @@ void dtls_timer_free(dtls_timer *timer);                  /* NULL is fine */
 
 /* ---- endpoint ---------------------------------------------------------------------------------------------------- */
 
+/* After DTLS_EV_IDLE an application may probe the peer: by a message that this answers, or by dtls_conn_renew().
+ * DTLS_EV_RENEWED is a client's: another handshake is done, and the connection goes on with what that made, another local
+ * port and other keys. What the peer had not answered by then may be lost, most of all if it was started again.
+ * DTLS_EV_FAILED is a server's: a handshake came to nothing, as dtls_conn_info() and dtls_conn_reason() tell: to count, or
+ * to ban an address. No other event was or will be raised for that conn. */
 typedef enum dtls_event {
     DTLS_EV_CONNECTED, /* handshake done, peer verified; sending is possible from now on */
     DTLS_EV_MESSAGE,   /* data, len: one whole message, valid during the call */
-    DTLS_EV_IDLE, /* nothing authentic came for idle_ms: a time to probe, by a message that the peer answers or by */
-                  /* dtls_conn_renew(); repeated every idle_repeat_ms */
-    DTLS_EV_WRITABLE, /* after DTLS_ERR_AGAIN: there is room again. Not with a transport of your own */
-    DTLS_EV_RENEWED, /* a client's: another handshake is done, and the connection goes on with what that made (another */
-    /* local port, or other keys). What the peer had not answered by then may be lost, most of all if */
-    /* it was started again */
+    DTLS_EV_IDLE,      /* nothing authentic came for idle_ms; repeated every idle_repeat_ms */
+    DTLS_EV_WRITABLE,  /* after DTLS_ERR_AGAIN: there is room again. Not with a transport of your own */
+    DTLS_EV_RENEWED,
+    DTLS_EV_FAILED,
     DTLS_EV_CLOSED /* the last event, exactly once: see dtls_conn_reason(). The conn is gone after the call. */
 } dtls_event;
 
 typedef enum dtls_log { DTLS_LOG_ERROR, DTLS_LOG_WARNING, DTLS_LOG_INFO, DTLS_LOG_DEBUG } dtls_log;
 
+/* Whom we take for whom. */
+typedef enum dtls_auth {
+    DTLS_AUTH_MUTUAL,   /* the default: both need a verified certificate, or a pre-shared key */
+    DTLS_AUTH_OPTIONAL, /* a server asks for a certificate, and takes a client that has none; a bad one is refused */
+    DTLS_AUTH_SERVER,   /* a server does not ask, a client has no certificate of its own */
+    DTLS_AUTH_INSECURE /* a client's: it takes any server, and logs as a warning what it would have refused: for tests */
+} dtls_auth;
+
+/* One more certificate of a server, for clients that ask for one of its names (server_name, RFC 6066 section 3). */
+typedef struct dtls_cert {
+    const char *cert_file, *key_file; /* as in dtls_config */
+} dtls_cert;
+
+#define DTLS_PSK_MAX 64 /* bytes of a pre-shared key */
+
+struct dtls_info;
+
 /* Start from a zeroed one: that is the safe default. Strings are copied or used up during dtls_endpoint_new(). */
 typedef struct dtls_config {
-    /* Who we are and whom we trust: PEM files. Verification is mutual and cannot be switched off here: a peer needs a
+    /* Who we are and whom we trust: PEM files. Verification is mutual unless `auth` says otherwise: a peer needs a
      * certificate from ca_file for the right purpose (extendedKeyUsage clientAuth or serverAuth), a server also the
-     * expected name. NULL where on_ssl_ctx provides the same. Encrypted keys are refused, nothing prompts. */
+     * expected name. NULL where on_ssl_ctx provides the same, or where only pre-shared keys are used. Nothing prompts. */
     const char *cert_file; /* own certificate, then its intermediates */
-    const char *key_file;
+    const char *key_file;  /* its key; or, with OpenSSL 3, a URI of a store that a provider has ("pkcs11:...") */
     const char *ca_file;
+    const char
+        *crl_file; /* revocation lists of those CAs, as many as you have: a peer's certificate is looked up, and */
+                   /* refused where the list of its CA is missing or too old. NULL: none */
+    int ca_system; /* 1: also the CAs that this system trusts (SSL_CTX_set_default_verify_paths) */
+    dtls_auth auth;
+    const dtls_cert *certs; /* a server's further certificates; the first whose subjectAltName fits is used, */
+    size_t certs_len;       /* otherwise cert_file */
+    int strict_names; /* 1: a client that asks for a name that no certificate has is refused (unrecognized_name) */
     const char
         *alpn; /* application protocols, the best first, as in "coap,echo" (RFC 7301). A server refuses a client */
                /* that offers only others. NULL: none are offered or chosen */
     int allow_no_ems; /* 1: also peers without the extended master secret (RFC 7627); 0: they are refused */
+    int (*on_password)(void *user, const char *file, char *password,
+                       int size); /* of an encrypted key: writes it, without */
+    /* a zero, returns its length, or -1; NULL: such keys are refused. Called during dtls_endpoint_new() */
+
+    /* Pre-shared keys, beside certificates or without any (RFC 4279, 5487, 8442): ECDHE_PSK, then PSK, with AEAD suites. Keys
+     * are 16 to DTLS_PSK_MAX bytes of chance, not passwords: anybody who talks to us may try to guess them at home. */
+    const char *psk_identity; /* a client's, 1 to 127 bytes, and */
+    const uint8_t *psk_key;   /* its key, */
+    size_t psk_key_len;       /* of so many bytes. Copied, wiped with the endpoint */
+    size_t (*psk)(void *user, const char *identity,
+                  uint8_t key[DTLS_PSK_MAX]); /* a server's: writes that identity's key */
+    /* and returns its length; 0: there is none, which looks like a wrong key from outside (RFC 4279 section 2) */
+    int psk_ccm8; /* 1: also TLS_PSK_WITH_AES_128_CCM_8, for constrained peers (RFC 7925) */
+
+    /* Who may come in: called when a peer has proved who it is, before DTLS_EV_CONNECTED, and before a session is resumed.
+     * Returns 0, or not 0 and the reason, which is logged: then the peer gets the alert access_denied, where the protocol
+     * lets us tell it (a client's in a full handshake), otherwise close_notify. It runs in the middle of OpenSSL's work:
+     * it may post, but call nothing else here. NULL: all that are verified. */
+    int (*on_peer)(void *user, const struct dtls_info *info, char *reason, size_t size);
+    void (*on_keylog)(void *user,
+                      const char *line); /* secrets for Wireshark (SSLKEYLOGFILE's format). Never in earnest */
 
     void (*on_event)(dtls_conn *conn, dtls_event event, const void *data, size_t len);
     void (*on_log)(void *user, dtls_log level, const char *line); /* one line per connect, close and failure */
@@ -254,6 +303,12 @@ typedef struct dtls_config {
 /* A new endpoint on the loop. Loads and checks certificate, key and CA: a mismatch or an expired certificate is an
  * error here, not at the first handshake. */
 dtls_endpoint *dtls_endpoint_new(dtls_loop *loop, const dtls_config *config, dtls_error *err);
+
+/* Certificate, key, CA, revocation lists, further certificates, auth, alpn, on_password, and what there is of pre-shared keys,
+ * anew from this configuration; all else in it is ignored. It is built and checked first: an error changes nothing. Open
+ * connections live on (dtls_endpoint_each() shows whom to close), handshakes from now on see the new ones, and no session
+ * from before is resumed. */
+int dtls_endpoint_reload(dtls_endpoint *ep, const dtls_config *config, dtls_error *err);
 
 /* Accepts connections on a local address. Every IPv6 socket is IPv6 only; "[::]:p" also opens "0.0.0.0:p". A wildcard
  * socket answers from the address it was asked on. With port 0 the system picks one and addr gets it. With a transport
@@ -358,17 +413,19 @@ typedef struct dtls_info {
     const char *peer_name;             /* the commonName, "" if there is none; above 256 bytes its peer is refused */
     const char *const *peer_alt_names; /* "DNS:host", "IP:192.0.2.1", "URI:...", "email:..."; then NULL */
     const char *peer_fingerprint;      /* SHA-256 of the certificate, 64 hexadecimal digits; "" without one */
-    const char *version;               /* "DTLSv1.2"; "" before DTLS_EV_CONNECTED, as the next */
-    const char *alpn;                  /* the application protocol that was agreed upon, or "" */
-    const char *cipher;                /* OpenSSL's name; "" before the handshake chose one */
-    int server;                        /* 1: the peer connected to us */
-    int connected;                     /* 1 between DTLS_EV_CONNECTED and DTLS_EV_CLOSED */
-    int resumed;                       /* 1: the handshake was abbreviated */
-    int64_t age_ms;                    /* since the first datagram or dtls_endpoint_connect() */
-    int64_t silent_ms;                 /* since the last authentic message, or since connecting */
-    int64_t round_trip_us;             /* the quickest answer that the handshakes saw; 0: not known */
-    uint64_t resends;                  /* flights of its handshakes that were sent again: the path loses, or is slow */
-    unsigned renewals;                 /* DTLS_EV_RENEWED so far */
+    const char *peer_serial;           /* its serial number, hexadecimal; "" without one */
+    int psk;               /* 1: peer_name is the identity of a pre-shared key (a server's; a client has its own) */
+    const char *version;   /* "DTLSv1.2"; "" before DTLS_EV_CONNECTED, as the next */
+    const char *alpn;      /* the application protocol that was agreed upon, or "" */
+    const char *cipher;    /* OpenSSL's name; "" before the handshake chose one */
+    int server;            /* 1: the peer connected to us */
+    int connected;         /* 1 between DTLS_EV_CONNECTED and DTLS_EV_CLOSED */
+    int resumed;           /* 1: the handshake was abbreviated */
+    int64_t age_ms;        /* since the first datagram or dtls_endpoint_connect() */
+    int64_t silent_ms;     /* since the last authentic message, or since connecting */
+    int64_t round_trip_us; /* the quickest answer that the handshakes saw; 0: not known */
+    uint64_t resends;      /* flights of its handshakes that were sent again: the path loses, or is slow */
+    unsigned renewals;     /* DTLS_EV_RENEWED so far */
     uint64_t messages_in, messages_out, bytes_in, bytes_out; /* application data */
 } dtls_info;
 
@@ -409,6 +466,10 @@ void dtls_conn_set_user(dtls_conn *conn, void *user);
 /* The session to resume later, from DTLS_EV_CONNECTED on: a reference that you free with SSL_SESSION_free(), or NULL. It
  * may be saved (i2d_SSL_SESSION) and used by another endpoint and process; it holds keys. */
 struct ssl_session_st *dtls_conn_session(const dtls_conn *conn);
+
+/* Bytes that only the two ends can know, for keys of your own (RFC 5705, SSL_export_keying_material); other ones after
+ * DTLS_EV_RENEWED. Returns 0, DTLS_ERR_STATE if it is not connected, or DTLS_ERR_TLS. */
+int dtls_conn_export(const dtls_conn *conn, const char *label, void *out, size_t len);
 
 /* The SSL, to look things up, from DTLS_EV_CONNECTED on (NULL before: a client may begin its handshake anew, on
  * another), and another one from DTLS_EV_RENEWED on. Do not read, write, shut down or free it, and do not change its BIO. */

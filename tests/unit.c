@@ -946,7 +946,7 @@ static void test_key_limits(void)
                   {0xc0ac, false, 1ull << 23, 1ull << 23}};
     dtls_loop *l = dtls_loop_new(NULL);
     dtls_endpoint *ep = make_endpoint(l, (dtls_config){.send = fake_send});
-    SSL *ssl = SSL_new(ep->ctx);
+    SSL *ssl = SSL_new(ep->trust.ctx);
     for (size_t i = 0; i < sizeof suites / sizeof *suites; i++) {
         const uint8_t id[2] = {(uint8_t)(suites[i].id >> 8), (uint8_t)suites[i].id};
         struct key_use use = hs_key_use(SSL_CIPHER_find(ssl, id));
