@@ -55,6 +55,7 @@ def programs(certs):
     yield make("odd", "tests/odd.c")
     yield make("standards", "tests/standards.c")
     yield make("anew", "tests/anew.c")
+    yield make("trust", "tests/trust.c")
     yield make("keyholder", "tests/keyholder.c", command=[str(BUILD / "keyholder/program")])
     yield make("memory", "tests/memory.c")
     yield make("loops", "tests/loops.c")

@@ -22,7 +22,7 @@ struct side {
     dtls_loop *loop;
     dtls_endpoint *ep;
     dtls_conn *conn; /* the last one, until it closes */
-    int connected, renewed, messages, closed, idle, writable, resumed;
+    int connected, renewed, messages, failed, closed, idle, writable, resumed, psk;
     dtls_reason reason;
     char peer_name[300], reason_text[256];
     char last[64]; /* message, or its beginning */
@@ -33,7 +33,8 @@ struct side {
     void (*inside)(struct side *s, dtls_conn *conn, dtls_event event); /* called last in each callback */
     const struct identity *id;                                         /* virtual.h has it, and its hook does these */
     const char *ciphers;
-    int trusting; /* it switches verification off */
+    int trusting;  /* it switches verification off */
+    int keys_only; /* it has no certificates, and trusts none */
     uint64_t options, no_option;
     int (*hook)(SSL_CTX *ctx); /* after all these; not 0: gives up */
 };
@@ -83,6 +84,7 @@ static inline void on_event(dtls_conn *conn, dtls_event event, const void *data,
         s->conn = conn;
         s->connected++;
         s->resumed = info.resumed;
+        s->psk = info.psk;
         snprintf(s->peer_name, sizeof s->peer_name, "%s", info.peer_name);
         break;
     case DTLS_EV_MESSAGE:
@@ -101,6 +103,11 @@ static inline void on_event(dtls_conn *conn, dtls_event event, const void *data,
     case DTLS_EV_RENEWED:
         s->renewed++;
         s->resumed = info.resumed;
+        break;
+    case DTLS_EV_FAILED:
+        s->failed++;
+        s->reason = dtls_conn_reason(conn);
+        snprintf(s->reason_text, sizeof s->reason_text, "%s", dtls_conn_reason_text(conn));
         break;
     case DTLS_EV_CLOSED:
         s->closed++;
@@ -164,6 +171,13 @@ static inline void side_open(struct side *s, const char *name, dtls_config cfg)
 #ifdef VIRTUAL_H
     cfg.on_ssl_ctx = with_identity;
 #endif
+    if (s->keys_only) {
+        dtls_error err = {0};
+        cfg.on_ssl_ctx = NULL;
+        s->ep = dtls_endpoint_new(s->loop, &cfg, &err);
+        REQUIRE(s->ep, "an endpoint without certificates: %s", err.text);
+        return;
+    }
     s->ep = endpoint_new(s->loop, name, cfg);
 }
 
