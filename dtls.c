@@ -4329,25 +4329,21 @@ static bool hs_refuses_session(struct association *a, X509 *cert, char text[REAS
     return words[0] != 0;
 }
 
-/* A server's: whether the key of a resumed session is still one of ours. */
-static bool hs_psk_is_gone(const struct association *a, const char *psk)
+static bool psk_is_known(dtls_endpoint *ep, const char *identity)
 {
-    dtls_endpoint *ep = a->ep;
     uint8_t key[DTLS_PSK_MAX];
-    if (!a->conn->server || !SSL_session_reused(a->ssl))
-        return false;
     ep->inside = true;
-    bool gone = !ep->cfg.psk || ep->cfg.psk(ep->cfg.user, psk, key) == 0;
+    bool known = ep->cfg.psk && ep->cfg.psk(ep->cfg.user, identity, key) > 0;
     ep->inside = false;
     OPENSSL_cleanse(key, sizeof key);
-    return gone;
+    return known;
 }
 
 /* Who the peer is. False: text says why that is nobody. */
 static bool hs_identify(struct association *a, X509 *cert, char text[REASON_BYTES])
 {
     const char *psk = !cert && a->conn->server ? SSL_get_psk_identity(a->ssl) : NULL;
-    if (psk && hs_psk_is_gone(a, psk)) {
+    if (psk && SSL_session_reused(a->ssl) && !psk_is_known(a->ep, psk)) {
         snprintf(text, REASON_BYTES, "refused: its pre-shared key is no longer known");
         return false;
     }
@@ -6467,6 +6463,44 @@ static bool ep_make_tables(dtls_endpoint *ep)
     return true;
 }
 
+/* Whether the present trust would take the peer of an open connection. */
+static bool ep_still_trusts(dtls_endpoint *ep, const struct association *a, char reason[REASON_BYTES])
+{
+    X509 *cert = SSL_get1_peer_certificate(a->ssl);
+    X509_STORE_CTX *store = cert ? X509_STORE_CTX_new() : NULL;
+    bool good = !cert || ep->cfg.auth == DTLS_AUTH_INSECURE;
+    if (store && !good &&
+        X509_STORE_CTX_init(store, SSL_CTX_get_cert_store(ep->trust.ctx), cert, SSL_get_peer_cert_chain(a->ssl)) == 1 &&
+        X509_STORE_CTX_set_default(store, a->conn->server ? "ssl_client" : "ssl_server") == 1) {
+        good = X509_verify_cert(store) == 1;
+        snprintf(reason, REASON_BYTES, "%s", X509_verify_cert_error_string(X509_STORE_CTX_get_error(store)));
+    }
+    X509_STORE_CTX_free(store);
+    X509_free(cert);
+    errors_clear();
+    const char *psk = cert ? NULL : SSL_get_psk_identity(a->ssl);
+    if (psk && a->conn->server && !psk_is_known(ep, psk)) {
+        snprintf(reason, REASON_BYTES, "its pre-shared key is no longer known");
+        good = false;
+    }
+    return good;
+}
+
+void dtls_endpoint_recheck(dtls_endpoint *ep)
+{
+    char reason[REASON_BYTES];
+    if (ep->closed || ep->inside)
+        return;
+    loop_enter(ep->loop);
+    for (dtls_conn *c = ep->first; c; c = c->next) {
+        snprintf(reason, sizeof reason, "no memory to verify it");
+        if (c->state == CONN_OPEN &&
+            (!ep_still_trusts(ep, c->open, reason) || !traffic_welcomes(c->open, c->identity, reason, sizeof reason)))
+            conn_end(c, DTLS_CLOSE_VERIFY, "no longer trusted: %s", reason);
+    }
+    loop_leave(ep->loop);
+}
+
 static int ep_setup(dtls_endpoint *ep, dtls_error *err)
 {
     if (OpenSSL_version_num() >> 28 != OPENSSL_VERSION_NUMBER >> 28)
@@ -6578,6 +6612,8 @@ dtls_endpoint *dtls_endpoint_new(dtls_loop *l, const dtls_config *config, dtls_e
 #include <histedit.h>
 #include <locale.h>
 #include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/un.h>
 #include <termios.h>
 #include <wchar.h>
 #include <wctype.h>
@@ -6587,15 +6623,21 @@ dtls_endpoint *dtls_endpoint_new(dtls_loop *l, const dtls_config *config, dtls_e
 enum {
     EXIT_USAGE = 2,
     PATH_BYTES = 1024,
-    LIST_BYTES = 256,       /* the names of all commands, or of all modes, in a sentence */
-    INPUT_BYTES = 65536,    /* read from standard input at once */
-    WINDOW_LINES = 32,      /* lines from a file or pipe that may wait for their answer */
-    PACE_MS = 200,          /* no answer for so long: the server does not answer every line */
-    LINGER_MS = 200,        /* after the last answer, for one more; at least */
-    LINGER_OWED_MS = 2000,  /* for answers still missing */
-    LOOK_MS = 50,           /* between looks at an input that cannot be watched and has nothing yet */
-    KEPT_LINES = 1024,      /* that wait for their answer, to be sent again or told of */
-    BACKOFF_FIRST_MS = 500, /* before dialling again, doubling */
+    SETTINGS_MAX = 40,
+    WORDS_MAX = 64,    /* of an option that may be repeated */
+    KEYS_MAX = 100000, /* pre-shared keys in a file */
+    IDENTITY_BYTES = 128,
+    EXPIRY_DAYS = 14,                  /* before that a certificate's end is told, */
+    EXPIRY_LOOK_MS = 24 * 3600 * 1000, /* and so often looked for */
+    LIST_BYTES = 256,                  /* the names of all commands, or of all modes, in a sentence */
+    INPUT_BYTES = 65536,               /* read from standard input at once */
+    WINDOW_LINES = 32,                 /* lines from a file or pipe that may wait for their answer */
+    PACE_MS = 200,                     /* no answer for so long: the server does not answer every line */
+    LINGER_MS = 200,                   /* after the last answer, for one more; at least */
+    LINGER_OWED_MS = 2000,             /* for answers still missing */
+    LOOK_MS = 50,                      /* between looks at an input that cannot be watched and has nothing yet */
+    KEPT_LINES = 1024,                 /* that wait for their answer, to be sent again or told of */
+    BACKOFF_FIRST_MS = 500,            /* before dialling again, doubling */
     BACKOFF_MAX_MS = 30000,
     PROBE_MS = 700, /* between probes of a silent server, at most: a ping, then a new handshake beside it, too */
     GONE_MS = 15000 /* of probes without any answer, at most: it counts as gone */
@@ -6613,7 +6655,26 @@ static const char usage_text[] =
     "  --cert FILE             own certificate, then its intermediates (DIR/server.pem or DIR/client.pem)\n"
     "  --key FILE              its private key\n"
     "  --ca FILE               certificates that the peer's must come from (DIR/ca.pem)\n"
+    "                          'system': those that this system trusts\n"
+    "  --crl FILE              revocation lists of those CAs\n"
+    "  --key-password FILE     its first line is the password of the private key\n"
     "  --name NAME             client: name or IP address expected in the server's certificate (from ADDR)\n"
+    "  --psk IDENTITY:HEX      a pre-shared key; a server's may be repeated\n"
+    "  --psk-file FILE         server: pre-shared keys, a line each; nobody else may read it\n"
+    "  --psk-ccm8              also the suite with CCM_8, for constrained peers\n"
+    "  --allow NAME            only peers with this commonName, subjectAltName or identity; may be repeated\n"
+    "  --deny NAME             no peers with it; may be repeated\n"
+    "  --optional-cert         server: clients without a certificate, too\n"
+    "  --no-client-cert        server: clients are not asked for one\n"
+    "  --also CERT,KEY         server: a further certificate, for clients that ask for its name\n"
+    "  --strict-names          server: no clients that ask for a name that no certificate has\n"
+    "  --recheck               server: SIGHUP also closes connections that would be refused now\n"
+    "  --no-cert               client: without a certificate of its own\n"
+    "  --insecure              client: takes any server, and tells what it would have refused\n"
+    "  --alpn NAMES            application protocols, as in coap,echo\n"
+    "  --show-cert             what the peer's certificates say, and whether they are good\n"
+    "  --keylog FILE           writes secrets there, for Wireshark: whoever reads it reads everything\n"
+    "  --session FILE          client: keeps its session there, to resume it in the next run\n"
     "  --mtu BYTES             the link's MTU, 256 to 65535 (1500)\n"
     "  --idle-timeout SECONDS  server: a client silent for so long is gone; 0 never (120)\n"
     "  --keepalive SECONDS     client: ping a server silent for so long; 0 never (25)\n"
@@ -6623,12 +6684,21 @@ static const char usage_text[] =
     "\n"
     "Commands of the service: %s.\n"
     "A client on a terminal edits lines; otherwise it sends standard input line by line, prints the\n"
-    "answers and exits with 0, or with 1 if it could not connect or the connection was lost.\n";
+    "answers and exits with 0, or with 1 if it could not connect or the connection was lost.\n"
+    "A server that gets SIGHUP reads its certificates, keys, lists and --psk-file again.\n";
+
+/* What an option brought that may be repeated. */
+struct words {
+    const char *word[WORDS_MAX];
+    size_t len;
+};
 
 struct options {
     const struct mode *mode;
     bool help, version;
-    const char *certs, *cert, *key, *ca, *name;
+    bool ccm8, optional_cert, no_client_cert, strict_names, recheck, no_cert, insecure, show_cert;
+    const char *certs, *cert, *key, *ca, *name, *crl, *key_password, *psk_file, *alpn, *keylog, *session;
+    struct words psk, allow, deny, also;
     int mtu, idle_timeout_ms, keepalive_ms, unanswered_ms, max_clients;
     dtls_log level;
     char **addrs;
@@ -6649,6 +6719,7 @@ struct setting {
     bool *flag;
     dtls_log *level, to;
     const char **text;
+    struct words *words;
     int *seconds, *number, min, max;
 };
 
@@ -6690,6 +6761,10 @@ static int option_value(const struct setting *s, const char *value, dtls_error *
         return fail(err, DTLS_ERR_ARG, "%s needs a value; see dtls --help", s->name);
     if (s->text)
         *s->text = value;
+    if (s->words && s->words->len == WORDS_MAX)
+        return fail(err, DTLS_ERR_ARG, "%s: at most %d times", s->name, WORDS_MAX);
+    if (s->words)
+        s->words->word[s->words->len++] = value;
     if (s->seconds && option_seconds(value, s->seconds) < 0)
         return fail(err, DTLS_ERR_ARG, "%s %.100s: must be a number of seconds from 0 (never) to 1000000", s->name,
                     value);
@@ -6698,14 +6773,31 @@ static int option_value(const struct setting *s, const char *value, dtls_error *
     return 0;
 }
 
-/* argv[i] is an option: returns how many arguments it took, or an error. */
-static int option_parse(struct options *o, int argc, char **argv, int i, dtls_error *err)
+static void option_table(struct options *o, struct setting to[SETTINGS_MAX])
 {
     const struct setting table[] = {{.name = "--certs", .text = &o->certs},
                                     {.name = "--cert", .text = &o->cert},
                                     {.name = "--key", .text = &o->key},
                                     {.name = "--ca", .text = &o->ca},
+                                    {.name = "--crl", .text = &o->crl},
+                                    {.name = "--key-password", .text = &o->key_password},
                                     {.name = "--name", .text = &o->name},
+                                    {.name = "--psk", .words = &o->psk},
+                                    {.name = "--psk-file", .text = &o->psk_file},
+                                    {.name = "--psk-ccm8", .flag = &o->ccm8},
+                                    {.name = "--allow", .words = &o->allow},
+                                    {.name = "--deny", .words = &o->deny},
+                                    {.name = "--optional-cert", .flag = &o->optional_cert},
+                                    {.name = "--no-client-cert", .flag = &o->no_client_cert},
+                                    {.name = "--also", .words = &o->also},
+                                    {.name = "--strict-names", .flag = &o->strict_names},
+                                    {.name = "--recheck", .flag = &o->recheck},
+                                    {.name = "--no-cert", .flag = &o->no_cert},
+                                    {.name = "--insecure", .flag = &o->insecure},
+                                    {.name = "--alpn", .text = &o->alpn},
+                                    {.name = "--show-cert", .flag = &o->show_cert},
+                                    {.name = "--keylog", .text = &o->keylog},
+                                    {.name = "--session", .text = &o->session},
                                     {.name = "--idle-timeout", .seconds = &o->idle_timeout_ms},
                                     {.name = "--keepalive", .seconds = &o->keepalive_ms},
                                     {.name = "--unanswered", .seconds = &o->unanswered_ms},
@@ -6717,13 +6809,25 @@ static int option_parse(struct options *o, int argc, char **argv, int i, dtls_er
                                     {.name = "--help", .flag = &o->help},
                                     {.name = "--version", .flag = &o->version},
                                     {.name = NULL}};
+    memcpy(to, table, sizeof table);
+}
+
+static const struct setting *option_find(const struct setting *table, const char *arg, size_t len)
+{
+    while (table->name && (strlen(table->name) != len || memcmp(table->name, arg, len) != 0))
+        table++;
+    return table->name ? table : NULL;
+}
+
+/* argv[i] is an option: returns how many arguments it took, or an error. */
+static int option_parse(struct options *o, int argc, char **argv, int i, dtls_error *err)
+{
+    struct setting table[SETTINGS_MAX];
+    option_table(o, table);
     const char *equals = strchr(argv[i], '=');
-    size_t len = equals ? (size_t)(equals - argv[i]) : strlen(argv[i]);
-    const struct setting *s = table;
-    while (s->name && (strlen(s->name) != len || memcmp(s->name, argv[i], len) != 0))
-        s++;
-    bool is_switch = s->flag || s->level;
-    if (!s->name || (is_switch && equals))
+    const struct setting *s = option_find(table, argv[i], equals ? (size_t)(equals - argv[i]) : strlen(argv[i]));
+    bool is_switch = s && (s->flag || s->level);
+    if (!s || (is_switch && equals))
         return fail(err, DTLS_ERR_ARG, "%.100s: unknown option; see dtls --help", argv[i]);
     if (s->flag)
         *s->flag = true;
@@ -6735,7 +6839,6 @@ static int option_parse(struct options *o, int argc, char **argv, int i, dtls_er
     return r < 0 ? r : equals ? 1 : 2;
 }
 
-/* The mode of that name takes over, if the number of addresses suits it. A row without a name ends the modes. */
 static int options_mode(struct options *o, const struct mode *modes, const char *name, dtls_error *err)
 {
     char list[LIST_BYTES] = "";
@@ -6788,29 +6891,329 @@ static bool option_addr(const char *text, dtls_addr *a, dtls_error *err)
     return true;
 }
 
-/* The endpoint with its certificate files by option or from the folder; NULL after one line that says what to do. */
-static dtls_endpoint *program_endpoint(dtls_loop *l, const struct options *o, dtls_config *cfg)
+/* Pre-shared keys. */
+
+struct key {
+    char identity[IDENTITY_BYTES];
+    uint8_t bytes[DTLS_PSK_MAX];
+    size_t len;
+};
+
+struct keys {
+    struct key *list;
+    size_t len;
+};
+
+static void keys_free(struct keys *k)
 {
-    char cert[PATH_BYTES], key[PATH_BYTES], ca[PATH_BYTES];
-    dtls_error err;
-    snprintf(cert, sizeof cert, "%s/%s.pem", o->certs, o->mode->role);
-    snprintf(key, sizeof key, "%s/%s.key", o->certs, o->mode->role);
-    snprintf(ca, sizeof ca, "%s/ca.pem", o->certs);
-    cfg->cert_file = o->cert ? o->cert : cert;
-    cfg->key_file = o->key ? o->key : key;
-    cfg->ca_file = o->ca ? o->ca : ca;
-    cfg->mtu_bytes = o->mtu;
-    dtls_endpoint *ep = dtls_endpoint_new(l, cfg, &err);
-    if (ep)
-        return ep;
-    const char *advice = "";
-    bool from_folder = !o->cert && !o->key && !o->ca;
-    if (from_folder && (access(cert, F_OK) < 0 || access(key, F_OK) < 0 || access(ca, F_OK) < 0))
-        advice = "; 'make certs' makes a set, --certs names another folder";
-    else if (from_folder && strstr(err.text, "expired"))
-        advice = "; 'make delete-certs certs' makes new ones";
-    fprintf(stderr, "dtls: %s%s\n", err.text, advice);
+    if (k->list)
+        OPENSSL_cleanse(k->list, k->len * sizeof *k->list);
+    free(k->list);
+    *k = (struct keys){0};
+}
+
+static const struct key *keys_find(const struct keys *k, const char *identity)
+{
+    for (size_t i = 0; i < k->len; i++)
+        if (strcmp(k->list[i].identity, identity) == 0)
+            return &k->list[i];
     return NULL;
+}
+
+/* "IDENTITY:HEX"; an identity may have colons in it, too. False: it is none. */
+static bool key_parse(struct key *k, const char *text, size_t n)
+{
+    size_t colon = n;
+    while (colon > 0 && text[colon - 1] != ':')
+        colon--;
+    size_t digits = n - colon;
+    if (colon < 2 || colon > sizeof k->identity || digits < 2 || digits % 2 || digits / 2 > sizeof k->bytes)
+        return false;
+    memset(k, 0, sizeof *k);
+    memcpy(k->identity, text, colon - 1);
+    k->len = digits / 2;
+    for (size_t i = 0; i < digits; i++) {
+        const char *at = strchr("0123456789abcdef", tolower((unsigned char)text[colon + i]));
+        if (!at || !*at)
+            return false;
+        k->bytes[i / 2] |= (uint8_t)((at - "0123456789abcdef") << (i % 2 ? 0 : 4));
+    }
+    return true;
+}
+
+/* where: what to call the text in an error, which must not show the key. */
+static int keys_add(struct keys *k, const char *text, size_t n, const char *where, dtls_error *err)
+{
+    struct key key;
+    if (!key_parse(&key, text, n))
+        return fail(err, DTLS_ERR_ARG, "%s: not IDENTITY:HEX, with at most %d bytes and %d hexadecimal digits", where,
+                    IDENTITY_BYTES - 1, 2 * DTLS_PSK_MAX);
+    if (k->len == KEYS_MAX || keys_find(k, key.identity))
+        return fail(err, DTLS_ERR_ARG, "%s: %s", where,
+                    k->len == KEYS_MAX ? "too many keys" : "this identity has a key already");
+    struct key *list = (k->len & (k->len + 1)) == 0 ? malloc(2 * (k->len + 1) * sizeof *list) : k->list;
+    if (list && list != k->list) {
+        if (k->len)
+            memcpy(list, k->list, k->len * sizeof *list);
+        size_t len = k->len;
+        keys_free(k);
+        *k = (struct keys){list, len};
+    }
+    if (list)
+        k->list[k->len++] = key;
+    OPENSSL_cleanse(&key, sizeof key);
+    return list ? 0 : fail(err, DTLS_ERR_MEMORY, "out of memory");
+}
+
+static int keys_read(struct keys *k, const char *file, dtls_error *err)
+{
+    char line[IDENTITY_BYTES + 2 * DTLS_PSK_MAX + 4], where[PATH_BYTES + 32];
+    struct stat st;
+    FILE *f = fopen(file, "r");
+    int r = f && fstat(fileno(f), &st) == 0 ? 0 : fail(err, DTLS_ERR_SYSTEM, "%.150s: %s", file, strerror(errno));
+    if (r == 0 && (st.st_mode & (S_IRWXG | S_IRWXO)))
+        r = fail(err, DTLS_ERR_ARG, "%.150s: others may read or change it; 'chmod 600' takes that from them", file);
+    for (unsigned n = 1; r == 0 && fgets(line, sizeof line, f); n++) {
+        size_t len = strcspn(line, "\r\n");
+        snprintf(where, sizeof where, "%.150s, line %u", file, n);
+        if (!line[len] && !feof(f))
+            r = fail(err, DTLS_ERR_ARG, "%s: too long", where);
+        else if (len > 0 && line[0] != '#')
+            r = keys_add(k, line, len, where, err);
+    }
+    OPENSSL_cleanse(line, sizeof line);
+    if (f)
+        fclose(f);
+    return r;
+}
+
+static int keys_load(struct keys *k, const struct options *o, dtls_error *err)
+{
+    int r = 0;
+    *k = (struct keys){0};
+    for (size_t i = 0; i < o->psk.len && r == 0; i++)
+        r = keys_add(k, o->psk.word[i], strlen(o->psk.word[i]), "--psk", err);
+    if (r == 0 && o->psk_file)
+        r = keys_read(k, o->psk_file, err);
+    return r;
+}
+
+/* What server and client have in common: their endpoint's user begins with it. */
+
+struct program {
+    const struct options *options;
+    struct keys keys;
+    FILE *keylog;
+};
+
+static size_t program_psk(void *user, const char *identity, uint8_t key[DTLS_PSK_MAX])
+{
+    const struct program *p = user;
+    const struct key *k = keys_find(&p->keys, identity);
+    if (k)
+        memcpy(key, k->bytes, k->len);
+    return k ? k->len : 0;
+}
+
+static bool program_is_called(const dtls_info *info, const struct words *names)
+{
+    bool is = false;
+    for (size_t i = 0; i < names->len; i++) {
+        is = is || strcmp(info->peer_name, names->word[i]) == 0;
+        for (const char *const *alt = info->peer_alt_names; *alt; alt++) {
+            const char *value = strchr(*alt, ':');
+            is = is || strcmp(*alt, names->word[i]) == 0 || (value && strcmp(value + 1, names->word[i]) == 0);
+        }
+    }
+    return is;
+}
+
+static int program_on_peer(void *user, const dtls_info *info, char *reason, size_t size)
+{
+    const struct program *p = user;
+    const struct options *o = p->options;
+    bool denied = program_is_called(info, &o->deny);
+    bool bad = denied || (o->allow.len > 0 && !program_is_called(info, &o->allow));
+    if (bad)
+        snprintf(reason, size, "\"%.80s\" is %s", info->peer_name,
+                 denied ? "denied (--deny)" : "not allowed (--allow)");
+    return bad;
+}
+
+static int program_password(void *user, const char *key, char *password, int size)
+{
+    const struct program *p = user;
+    FILE *f = p->options->key_password ? fopen(p->options->key_password, "r") : NULL;
+    (void)key;
+    if (!f || !fgets(password, size, f))
+        *password = 0;
+    if (f)
+        fclose(f);
+    return (int)strcspn(password, "\r\n");
+}
+
+static void program_keylog(void *user, const char *line)
+{
+    const struct program *p = user;
+    fprintf(p->keylog, "%s\n", line);
+    fflush(p->keylog);
+}
+
+/* What a certificate says, on standard error. */
+static void show_certificate(BIO *b, X509 *cert, int number)
+{
+    char words[REASON_BYTES] = "";
+    EVP_PKEY *key = X509_get0_pubkey(cert);
+    BIO_printf(b, "certificate %d\n  subject    ", number);
+    X509_NAME_print_ex(b, X509_get_subject_name(cert), 0, XN_FLAG_RFC2253 & ~ASN1_STRFLGS_ESC_MSB);
+    struct text t = {0};
+    GENERAL_NAMES *names = NULL;
+    if (alt_names_get(cert, &names) && names) {
+        alt_names_put(&t, names, NULL);
+        t = (struct text){.to = malloc(t.len + 1)};
+        if (t.to)
+            alt_names_put(&t, names, NULL);
+        for (size_t at = 0; t.to && at < t.len; at += strlen(t.to + at) + 1)
+            BIO_printf(b, "\n  name       %s", t.to + at);
+        free(t.to);
+    }
+    GENERAL_NAMES_free(names);
+    BIO_printf(b, "\n  issuer     ");
+    X509_NAME_print_ex(b, X509_get_issuer_name(cert), 0, XN_FLAG_RFC2253 & ~ASN1_STRFLGS_ESC_MSB);
+    BIO_printf(b, "\n  serial     ");
+    i2a_ASN1_INTEGER(b, X509_get0_serialNumber(cert));
+    BIO_printf(b, "\n  not before ");
+    ASN1_TIME_print(b, X509_get0_notBefore(cert));
+    BIO_printf(b, "\n  not after  ");
+    ASN1_TIME_print(b, X509_get0_notAfter(cert));
+    if (key)
+        snprintf(words, sizeof words, "%s, %d bits", OBJ_nid2ln(EVP_PKEY_base_id(key)), EVP_PKEY_bits(key));
+    BIO_printf(b, "\n  key        %s\n  signature  %s\n", words, OBJ_nid2ln(X509_get_signature_nid(cert)));
+}
+
+/* In place of libssl's own call of X509_verify_cert(). */
+static int show_and_verify(X509_STORE_CTX *store, void *user)
+{
+    BIO *b = BIO_new_fp(stderr, BIO_NOCLOSE);
+    STACK_OF(X509) *chain = X509_STORE_CTX_get0_untrusted(store);
+    (void)user;
+    for (int i = 0; b && i < sk_X509_num(chain); i++)
+        show_certificate(b, sk_X509_value(chain, i), i);
+    int good = X509_verify_cert(store);
+    int error = X509_STORE_CTX_get_error(store);
+    if (b && error != X509_V_OK)
+        BIO_printf(b, "refused: %s, certificate %d\n", X509_verify_cert_error_string(error),
+                   X509_STORE_CTX_get_error_depth(store));
+    else if (b)
+        BIO_printf(b, "good\n");
+    BIO_free(b);
+    return good;
+}
+
+static int program_show(void *user, SSL_CTX *ctx)
+{
+    (void)user;
+    SSL_CTX_set_cert_verify_callback(ctx, show_and_verify, NULL);
+    return 0;
+}
+
+/* The files, by option or from the folder. */
+struct paths {
+    char cert[PATH_BYTES], key[PATH_BYTES], ca[PATH_BYTES];
+    dtls_cert also[WORDS_MAX];
+    char also_text[WORDS_MAX][PATH_BYTES];
+};
+
+static int program_also(struct paths *paths, const struct options *o, dtls_config *cfg, dtls_error *err)
+{
+    for (size_t i = 0; i < o->also.len; i++) {
+        char *text = paths->also_text[i];
+        snprintf(text, PATH_BYTES, "%s", o->also.word[i]);
+        char *comma = strchr(text, ',');
+        if (!comma)
+            return fail(err, DTLS_ERR_ARG, "--also %.100s: not CERT,KEY", text);
+        *comma = 0;
+        paths->also[i] = (dtls_cert){.cert_file = text, .key_file = comma + 1};
+    }
+    cfg->certs = paths->also;
+    cfg->certs_len = o->also.len;
+    return 0;
+}
+
+/* Where the options leave it open: with pre-shared keys certificates are used if there are any (a server's), or if they are
+ * named (a client's). */
+static int program_config(const struct program *p, struct paths *paths, dtls_config *cfg, dtls_error *err)
+{
+    const struct options *o = p->options;
+    bool client = o->mode->one_addr, named = o->cert || o->key || o->ca;
+    snprintf(paths->cert, PATH_BYTES, "%s/%s.pem", o->certs, o->mode->role);
+    snprintf(paths->key, PATH_BYTES, "%s/%s.key", o->certs, o->mode->role);
+    snprintf(paths->ca, PATH_BYTES, "%s/ca.pem", o->certs);
+    cfg->auth = o->insecure                       ? DTLS_AUTH_INSECURE
+                : o->optional_cert                ? DTLS_AUTH_OPTIONAL
+                : o->no_client_cert || o->no_cert ? DTLS_AUTH_SERVER
+                                                  : DTLS_AUTH_MUTUAL;
+    bool keys_only = p->keys.len > 0 && !named && (client || access(paths->cert, F_OK) < 0);
+    bool no_ca = !o->ca && access(paths->ca, F_OK) < 0 && (o->insecure || o->no_client_cert);
+    cfg->ca_system = o->ca && strcmp(o->ca, "system") == 0;
+    if (!keys_only && !(client && (o->no_cert || (o->insecure && !o->cert && access(paths->cert, F_OK) < 0)))) {
+        cfg->cert_file = o->cert ? o->cert : paths->cert;
+        cfg->key_file = o->key ? o->key : paths->key;
+    }
+    if (!keys_only && !no_ca && !cfg->ca_system)
+        cfg->ca_file = o->ca ? o->ca : paths->ca;
+    cfg->crl_file = o->crl;
+    cfg->alpn = o->alpn;
+    cfg->strict_names = o->strict_names;
+    cfg->on_password = o->key_password ? program_password : NULL;
+    cfg->on_peer = o->allow.len || o->deny.len ? program_on_peer : NULL;
+    cfg->on_keylog = p->keylog ? program_keylog : NULL;
+    cfg->on_ssl_ctx = o->show_cert ? program_show : NULL;
+    cfg->psk_ccm8 = o->ccm8;
+    if (client && p->keys.len) {
+        cfg->psk_identity = p->keys.list[0].identity;
+        cfg->psk_key = p->keys.list[0].bytes;
+        cfg->psk_key_len = p->keys.list[0].len;
+    } else if (p->keys.len || o->psk_file) {
+        cfg->psk = program_psk;
+    }
+    cfg->mtu_bytes = o->mtu;
+    return program_also(paths, o, cfg, err);
+}
+
+static const char *program_advice(const struct options *o, const struct paths *paths, const char *text)
+{
+    if (o->cert || o->key || o->ca)
+        return "";
+    if (strstr(text, "expired"))
+        return "; 'make delete-certs certs' makes new ones";
+    if (access(paths->cert, F_OK) < 0 || access(paths->key, F_OK) < 0 || access(paths->ca, F_OK) < 0)
+        return "; 'make certs' makes a set, --certs names another folder";
+    return "";
+}
+
+/* NULL after one line that says what to do. */
+static dtls_endpoint *program_endpoint(dtls_loop *l, struct program *p, dtls_config *cfg)
+{
+    struct paths paths;
+    const struct options *o = p->options;
+    dtls_error err = {.text = ""};
+    dtls_endpoint *ep = NULL;
+    memset(&paths, 0, sizeof paths);
+    if (o->keylog && !(p->keylog = fopen(o->keylog, "a")))
+        fail(&err, DTLS_ERR_SYSTEM, "%.150s: %s", o->keylog, strerror(errno));
+    else if (keys_load(&p->keys, o, &err) == 0 && program_config(p, &paths, cfg, &err) == 0)
+        ep = dtls_endpoint_new(l, cfg, &err);
+    if (!ep)
+        fprintf(stderr, "dtls: %s%s\n", err.text, program_advice(o, &paths, err.text));
+    return ep;
+}
+
+static void program_end(struct program *p)
+{
+    keys_free(&p->keys);
+    if (p->keylog)
+        fclose(p->keylog);
 }
 
 static bool program_signals(dtls_loop *l, void (*fn)(void *user, int signo), void *user)
@@ -7046,17 +7449,105 @@ static void service_event(dtls_conn *c, dtls_event event, const void *data, size
 
 /* The server. */
 
+struct server {
+    struct program program;
+    dtls_loop *loop;
+    dtls_endpoint *ep;
+    dtls_timer *timer; /* the next look at certificates that expire */
+};
+
 static void server_log(void *user, dtls_log level, const char *line)
 {
-    const struct options *o = user;
-    if (level <= o->level)
+    const struct server *s = user;
+    if (level <= s->program.options->level)
         fprintf(stderr, "%s\n", line);
+}
+
+/* A line for each certificate in the file that has not long to live. */
+static void server_look_at(struct server *s, const char *file)
+{
+    char line[PATH_BYTES + 64];
+    FILE *f = file ? fopen(file, "r") : NULL;
+    for (X509 *cert; f && (cert = PEM_read_X509(f, NULL, NULL, NULL)) != NULL; X509_free(cert)) {
+        int days = 0, seconds = 0;
+        if (ASN1_TIME_diff(&days, &seconds, NULL, X509_get0_notAfter(cert)) != 1 || days >= EXPIRY_DAYS)
+            continue;
+        snprintf(line, sizeof line, "%s: a certificate in it %s %d days", file,
+                 days < 0 ? "expired, for" : "expires in", days < 0 ? -days : days);
+        server_log(s, DTLS_LOG_WARNING, line);
+    }
+    errors_clear();
+    if (f)
+        fclose(f);
+}
+
+static void server_look(void *user)
+{
+    struct server *s = user;
+    struct paths paths;
+    dtls_config cfg = {0};
+    dtls_error err;
+    memset(&paths, 0, sizeof paths);
+    if (program_config(&s->program, &paths, &cfg, &err) < 0)
+        return;
+    server_look_at(s, cfg.cert_file);
+    server_look_at(s, cfg.ca_file);
+    for (size_t i = 0; i < cfg.certs_len; i++)
+        server_look_at(s, cfg.certs[i].cert_file);
+    dtls_timer_set(s->timer, EXPIRY_LOOK_MS);
+}
+
+/* What systemd wants to hear, sd_notify(3). Nobody else listens. */
+static void server_notify(const char *format, long long value)
+{
+    const char *path = getenv("NOTIFY_SOCKET");
+    struct sockaddr_un to = {.sun_family = AF_UNIX};
+    char text[128];
+    int fd = path && strlen(path) < sizeof to.sun_path ? socket(AF_UNIX, SOCK_DGRAM, 0) : -1;
+    if (fd < 0)
+        return;
+    snprintf(to.sun_path, sizeof to.sun_path, "%s", path);
+    socklen_t len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(path));
+    if (to.sun_path[0] == '@') /* an abstract one */
+        to.sun_path[0] = 0;
+    snprintf(text, sizeof text, format, value);
+    if (sendto(fd, text, strlen(text), 0, (struct sockaddr *)&to, len) < 0)
+        fprintf(stderr, "dtls: %s: %s\n", path, strerror(errno));
+    close(fd);
+}
+
+static void server_reload(void *user, int signo)
+{
+    struct server *s = user;
+    struct paths paths;
+    struct program next = {.options = s->program.options, .keylog = s->program.keylog};
+    dtls_config cfg = {.user = s};
+    dtls_error err;
+    char line[400];
+    (void)signo;
+    memset(&paths, 0, sizeof paths);
+    server_notify("RELOADING=1\nMONOTONIC_USEC=%lld", (long long)clock_monotonic_us(NULL));
+    if (keys_load(&next.keys, next.options, &err) < 0 || program_config(&next, &paths, &cfg, &err) < 0 ||
+        dtls_endpoint_reload(s->ep, &cfg, &err) < 0) {
+        keys_free(&next.keys);
+        snprintf(line, sizeof line, "not reloaded: %s", err.text);
+        server_log(s, DTLS_LOG_ERROR, line);
+    } else {
+        keys_free(&s->program.keys);
+        s->program.keys = next.keys;
+        server_log(s, DTLS_LOG_INFO, "reloaded");
+        if (next.options->recheck)
+            dtls_endpoint_recheck(s->ep);
+        server_look(s);
+    }
+    server_notify("READY=1", 0);
 }
 
 static void server_stop(void *user, int signo)
 {
+    struct server *s = user;
     (void)signo;
-    dtls_loop_stop(user);
+    dtls_loop_stop(s->loop);
 }
 
 static int addr_by_wildcard(const void *a, const void *b)
@@ -7085,9 +7576,30 @@ static int server_listen(dtls_endpoint *ep, dtls_addr *addrs, int n)
     return 0;
 }
 
+static int server_run(struct server *s, dtls_addr *addrs)
+{
+    const struct options *o = s->program.options;
+    dtls_config cfg = {.on_event = service_event, .on_log = server_log, .user = s};
+    cfg.idle_timeout_ms = o->idle_timeout_ms;
+    cfg.max_conns = o->max_clients;
+    /* A signal still ends us while the certificates are read: any of those files may block for ever. */
+    s->ep = program_endpoint(s->loop, &s->program, &cfg);
+    s->timer = s->ep ? dtls_timer_new(s->loop, server_look, s) : NULL;
+    if (!s->timer || server_listen(s->ep, addrs, o->addrs_len) != 0 || !program_signals(s->loop, server_stop, s) ||
+        dtls_loop_signal(s->loop, SIGHUP, server_reload, s) != 0)
+        return 1;
+    server_look(s);
+    server_notify("READY=1", 0);
+    int status = dtls_loop_run(s->loop) == 0 ? 0 : complain(1, strerror(errno));
+    server_notify("STOPPING=1", 0);
+    if (o->level == DTLS_LOG_DEBUG)
+        program_counters(s->ep);
+    return status;
+}
+
 static int server_main(struct options *o)
 {
-    dtls_config cfg = {.on_event = service_event, .on_log = server_log, .user = o};
+    struct server s = {.program.options = o};
     dtls_error err;
     dtls_addr *addrs = calloc((size_t)o->addrs_len, sizeof *addrs);
     for (int i = 0; addrs && i < o->addrs_len; i++) {
@@ -7096,19 +7608,10 @@ static int server_main(struct options *o)
             return complain(EXIT_USAGE, err.text);
         }
     }
-    cfg.idle_timeout_ms = o->idle_timeout_ms;
-    cfg.max_conns = o->max_clients;
-    int status = 1;
-    dtls_loop *l = addrs ? dtls_loop_new(NULL) : NULL;
-    /* A signal still ends us while the certificates are read: any of those files may block for ever. */
-    dtls_endpoint *ep = l ? program_endpoint(l, o, &cfg) : NULL;
-    if (!l)
-        complain(1, strerror(errno));
-    if (ep && server_listen(ep, addrs, o->addrs_len) == 0 && program_signals(l, server_stop, l))
-        status = dtls_loop_run(l) == 0 ? 0 : complain(1, strerror(errno));
-    if (ep && o->level == DTLS_LOG_DEBUG)
-        program_counters(ep);
-    dtls_loop_free(l);
+    s.loop = addrs ? dtls_loop_new(NULL) : NULL;
+    int status = s.loop ? server_run(&s, addrs) : complain(1, strerror(errno));
+    dtls_loop_free(s.loop);
+    program_end(&s.program);
     free(addrs);
     return status;
 }
@@ -7748,6 +8251,7 @@ static void call_closed(struct call *d)
 /* The client. */
 
 struct client {
+    struct program program;
     const struct options *options;
     dtls_loop *loop;
     struct call call;
@@ -7924,7 +8428,7 @@ static int client_run(struct client *cl)
     cfg.idle_repeat_ms = ms > 0 && ms < PROBE_MS ? ms : PROBE_MS;
     cfg.idle_timeout_ms = ms == DTLS_NEVER ? DTLS_NEVER : ms < GONE_MS / 3 ? 4 * ms : ms + GONE_MS;
     cfg.unanswered_ms = o->unanswered_ms;
-    dtls_endpoint *ep = cl->call.ep = program_endpoint(cl->loop, o, &cfg);
+    dtls_endpoint *ep = cl->call.ep = program_endpoint(cl->loop, &cl->program, &cfg);
     if (!ep)
         return 1;
     cl->call.timer = dtls_timer_new(cl->loop, call_go, &cl->call);
@@ -7937,6 +8441,31 @@ static int client_run(struct client *cl)
     if (o->level == DTLS_LOG_DEBUG && !cl->on_terminal)
         program_counters(ep);
     return status;
+}
+
+/* The session of an earlier run, and for a later one: it holds keys. */
+
+static void client_find_session(struct client *cl)
+{
+    FILE *f = cl->options->session ? fopen(cl->options->session, "r") : NULL;
+    if (f) {
+        cl->call.session = PEM_read_SSL_SESSION(f, NULL, NULL, NULL);
+        fclose(f);
+    }
+    errors_clear();
+}
+
+static void client_keep_session(const struct client *cl)
+{
+    const char *file = cl->options->session;
+    if (!file || !cl->call.session)
+        return;
+    int fd = open(file, O_WRONLY | O_CREAT | O_TRUNC, S_IRUSR | S_IWUSR);
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "w");
+    if (!f || PEM_write_SSL_SESSION(f, cl->call.session) != 1)
+        fprintf(stderr, "dtls: %s: the session cannot be written\n", file);
+    if (f)
+        fclose(f);
 }
 
 /* Whether there is anybody to call: before anything else is wrong. */
@@ -7955,13 +8484,14 @@ static int client_main(struct options *o)
     struct client *cl = calloc(1, sizeof *cl);
     if (!cl)
         return complain(1, "out of memory");
-    cl->options = o;
+    cl->options = cl->program.options = o;
     cl->lines.sink = cl->editor.sink =
         (struct sink){.send = client_send, .end = client_input_end, .say = client_log, .user = cl};
     cl->call.failed = client_failed;
     cl->call.user = cl;
     cl->call.host = o->addrs[0];
     cl->call.name = o->name;
+    client_find_session(cl);
     int status, r = client_check(o->addrs[0], &err);
     cl->loop = r == 0 ? dtls_loop_new(NULL) : NULL;
     if (r < 0)
@@ -7972,7 +8502,9 @@ static int client_main(struct options *o)
     dtls_loop_free(cl->loop);
     if (cl->on_terminal)
         editor_close(&cl->editor);
+    client_keep_session(cl);
     SSL_SESSION_free(cl->call.session);
+    program_end(&cl->program);
     lines_close(&cl->lines);
     free(cl);
     return status;

@@ -310,6 +310,10 @@ dtls_endpoint *dtls_endpoint_new(dtls_loop *loop, const dtls_config *config, dtl
  * from before is resumed. */
 int dtls_endpoint_reload(dtls_endpoint *ep, const dtls_config *config, dtls_error *err);
 
+/* Closes the connections whose peers would be refused now: by the CAs and revocation lists that the last reload brought, by
+ * psk (a server's) or by on_peer. Their chains are verified, so it takes its time: half a millisecond for each. */
+void dtls_endpoint_recheck(dtls_endpoint *ep);
+
 /* Accepts connections on a local address. Every IPv6 socket is IPv6 only; "[::]:p" also opens "0.0.0.0:p". A wildcard
  * socket answers from the address it was asked on. With port 0 the system picks one and addr gets it. With a transport
  * of your own addr may be NULL. Returns 0, 1 if a wildcard already opened covers the address, or an error. */
