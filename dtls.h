@@ -31,8 +31,8 @@
  *
  * Callbacks run inside dtls_loop_poll(), dtls_loop_run(), dtls_endpoint_input() or the call that caused them. They may
  * call anything in this header except dtls_loop_poll(), dtls_loop_run() and dtls_loop_free(); closing or freeing any
- * object from any callback is safe: memory goes away at the end of the turn. config.send alone runs in the middle of
- * OpenSSL's work: it may post, but call nothing else here. Hooks that on_ssl_ctx sets must not ask OpenSSL to call them
+ * object from any callback is safe: memory goes away at the end of the turn. Some of the configuration's run in the middle
+ * of OpenSSL's work (send, psk, on_peer, on_keylog): they may post, but call nothing else here. Hooks that on_ssl_ctx sets must not ask OpenSSL to call them
  * again later (SSL_ERROR_WANT_X509_LOOKUP and the like): that ends the handshake.
  *
  * Time is in milliseconds where a name ends in _ms. In the configuration 0 always means the default written beside the
@@ -207,7 +207,7 @@ typedef enum dtls_auth {
     DTLS_AUTH_MUTUAL,   /* the default: both need a verified certificate, or a pre-shared key */
     DTLS_AUTH_OPTIONAL, /* a server asks for a certificate, and takes a client that has none; a bad one is refused */
     DTLS_AUTH_SERVER,   /* a server does not ask, a client has no certificate of its own */
-    DTLS_AUTH_INSECURE /* a client's: it takes any server, and logs as a warning what it would have refused: for tests */
+    DTLS_AUTH_INSECURE  /* a client takes any server, and logs as a warning what it would have refused: for tests */
 } dtls_auth;
 
 /* One more certificate of a server, for clients that ask for one of its names (server_name, RFC 6066 section 3). */
@@ -223,43 +223,45 @@ struct dtls_info;
 typedef struct dtls_config {
     /* Who we are and whom we trust: PEM files. Verification is mutual unless `auth` says otherwise: a peer needs a
      * certificate from ca_file for the right purpose (extendedKeyUsage clientAuth or serverAuth), a server also the
-     * expected name. NULL where on_ssl_ctx provides the same, or where only pre-shared keys are used. Nothing prompts. */
+     * expected name. NULL where on_ssl_ctx provides the same, or where only pre-shared keys are used. Nothing prompts.
+     *
+     * With OpenSSL 3 key_file may be the URI of a store that a provider has ("pkcs11:..."). on_password is asked for the
+     * password of an encrypted key, while the endpoint is made: it writes that, and returns its length, or -1. Where crl_file
+     * is given, a peer's certificate is refused if the list of its CA has it, is missing or is too old. */
     const char *cert_file; /* own certificate, then its intermediates */
-    const char *key_file;  /* its key; or, with OpenSSL 3, a URI of a store that a provider has ("pkcs11:...") */
+    const char *key_file;
     const char *ca_file;
-    const char
-        *crl_file; /* revocation lists of those CAs, as many as you have: a peer's certificate is looked up, and */
-                   /* refused where the list of its CA is missing or too old. NULL: none */
-    int ca_system; /* 1: also the CAs that this system trusts (SSL_CTX_set_default_verify_paths) */
+    const char *crl_file; /* revocation lists of those CAs, as many as there are; NULL: none */
+    int ca_system;        /* 1: also the CAs that this system trusts (SSL_CTX_set_default_verify_paths) */
     dtls_auth auth;
-    const dtls_cert *certs; /* a server's further certificates; the first whose subjectAltName fits is used, */
-    size_t certs_len;       /* otherwise cert_file */
-    int strict_names; /* 1: a client that asks for a name that no certificate has is refused (unrecognized_name) */
-    const char
-        *alpn; /* application protocols, the best first, as in "coap,echo" (RFC 7301). A server refuses a client */
-               /* that offers only others. NULL: none are offered or chosen */
+    int (*on_password)(void *user, const char *file, char *password, int size); /* NULL: no encrypted keys */
     int allow_no_ems; /* 1: also peers without the extended master secret (RFC 7627); 0: they are refused */
-    int (*on_password)(void *user, const char *file, char *password,
-                       int size); /* of an encrypted key: writes it, without */
-    /* a zero, returns its length, or -1; NULL: such keys are refused. Called during dtls_endpoint_new() */
 
-    /* Pre-shared keys, beside certificates or without any (RFC 4279, 5487, 8442): ECDHE_PSK, then PSK, with AEAD suites. Keys
-     * are 16 to DTLS_PSK_MAX bytes of chance, not passwords: anybody who talks to us may try to guess them at home. */
-    const char *psk_identity; /* a client's, 1 to 127 bytes, and */
-    const uint8_t *psk_key;   /* its key, */
-    size_t psk_key_len;       /* of so many bytes. Copied, wiped with the endpoint */
-    size_t (*psk)(void *user, const char *identity,
-                  uint8_t key[DTLS_PSK_MAX]); /* a server's: writes that identity's key */
-    /* and returns its length; 0: there is none, which looks like a wrong key from outside (RFC 4279 section 2) */
+    /* Names. The first certificate is used whose subjectAltName has what a client asks for, otherwise cert_file's. alpn are
+     * application protocols, the best first, as in "coap,echo" (RFC 7301); a server refuses a client that offers only others.
+     */
+    const dtls_cert *certs; /* a server's further ones */
+    size_t certs_len;
+    int strict_names; /* 1: a client that asks for a name that none has is refused (unrecognized_name) */
+    const char *alpn; /* NULL: none are offered or chosen */
+
+    /* Pre-shared keys, beside certificates or without any (RFC 4279, 5487, 7905): ECDHE_PSK, then PSK, with AEAD suites. Keys
+     * are chance, best of 32 bytes, and not passwords: anybody who talks to us may try to guess them at home. A server's
+     * callback writes that identity's key and returns its length, or 0 if there is none, which looks like a wrong key from
+     * outside (RFC 4279 section 2). It runs in the middle of OpenSSL's work, as the next two do: they may post, but call
+     * nothing else here. */
+    const char *psk_identity; /* a client's: 1 to 127 bytes */
+    const uint8_t *psk_key;   /* its key. Copied, wiped with the endpoint */
+    size_t psk_key_len;       /* 1 to DTLS_PSK_MAX */
+    size_t (*psk)(void *user, const char *identity, uint8_t key[DTLS_PSK_MAX]);
     int psk_ccm8; /* 1: also TLS_PSK_WITH_AES_128_CCM_8, for constrained peers (RFC 7925) */
 
     /* Who may come in: called when a peer has proved who it is, before DTLS_EV_CONNECTED, and before a session is resumed.
      * Returns 0, or not 0 and the reason, which is logged: then the peer gets the alert access_denied, where the protocol
-     * lets us tell it (a client's in a full handshake), otherwise close_notify. It runs in the middle of OpenSSL's work:
-     * it may post, but call nothing else here. NULL: all that are verified. */
+     * lets us tell it (a client in a full handshake), otherwise close_notify. NULL: all that are verified. */
     int (*on_peer)(void *user, const struct dtls_info *info, char *reason, size_t size);
-    void (*on_keylog)(void *user,
-                      const char *line); /* secrets for Wireshark (SSLKEYLOGFILE's format). Never in earnest */
+    /* Secrets for Wireshark, a line each (SSLKEYLOGFILE's format): whoever has them reads everything. NULL: no. */
+    void (*on_keylog)(void *user, const char *line);
 
     void (*on_event)(dtls_conn *conn, dtls_event event, const void *data, size_t len);
     void (*on_log)(void *user, dtls_log level, const char *line); /* one line per connect, close and failure */
@@ -311,7 +313,7 @@ dtls_endpoint *dtls_endpoint_new(dtls_loop *loop, const dtls_config *config, dtl
 int dtls_endpoint_reload(dtls_endpoint *ep, const dtls_config *config, dtls_error *err);
 
 /* Closes the connections whose peers would be refused now: by the CAs and revocation lists that the last reload brought, by
- * psk (a server's) or by on_peer. Their chains are verified, so it takes its time: half a millisecond for each. */
+ * psk (a server's) or by on_peer. All their certificates are verified in this one call. */
 void dtls_endpoint_recheck(dtls_endpoint *ep);
 
 /* Accepts connections on a local address. Every IPv6 socket is IPv6 only; "[::]:p" also opens "0.0.0.0:p". A wildcard
@@ -418,7 +420,7 @@ typedef struct dtls_info {
     const char *const *peer_alt_names; /* "DNS:host", "IP:192.0.2.1", "URI:...", "email:..."; then NULL */
     const char *peer_fingerprint;      /* SHA-256 of the certificate, 64 hexadecimal digits; "" without one */
     const char *peer_serial;           /* its serial number, hexadecimal; "" without one */
-    int psk;               /* 1: peer_name is the identity of a pre-shared key (a server's; a client has its own) */
+    int psk;               /* 1: peer_name is the identity of a pre-shared key; a server's, a client knows its own */
     const char *version;   /* "DTLSv1.2"; "" before DTLS_EV_CONNECTED, as the next */
     const char *alpn;      /* the application protocol that was agreed upon, or "" */
     const char *cipher;    /* OpenSSL's name; "" before the handshake chose one */

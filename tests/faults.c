@@ -623,6 +623,7 @@ static void client_event(dtls_conn *conn, dtls_event event, const void *data, si
         client.renewed = true;
         break;
     case DTLS_EV_WRITABLE:
+    case DTLS_EV_FAILED:
         break;
     case DTLS_EV_MESSAGE:
         client_message(data, len);
@@ -660,7 +661,7 @@ static dtls_endpoint *endpoint_try(const char *name, dtls_config cfg)
     cfg.idle_ms = IDLE_MS;
     cfg.idle_timeout_ms = cfg.send ? SETTLE_MS : GONE_MS; /* a lossy link is silent for long */
     cfg.cookie_ms = COOKIE_MS;
-    if (!cfg.on_ssl_ctx) {
+    if (!cfg.on_ssl_ctx && !cfg.psk_identity) {
         cfg.cert_file = cert;
         cfg.key_file = key;
         cfg.ca_file = ca_file;
@@ -1144,13 +1145,73 @@ static void scenario_host(void)
     dtls_loop_free(loop);
 }
 
+/* A client with a pre-shared key; then the server reloads, and the client resumes nothing. */
+static const uint8_t shared_key[16] = "sixteen letters";
+
+static size_t find_key(void *user, const char *identity, uint8_t key[DTLS_PSK_MAX])
+{
+    (void)user;
+    if (strcmp(identity, "client") != 0)
+        return 0;
+    memcpy(key, shared_key, sizeof shared_key);
+    return sizeof shared_key;
+}
+
+static int welcome(void *user, const dtls_info *info, char *reason, size_t size)
+{
+    (void)user, (void)reason, (void)size;
+    return strcmp(info->peer_name, "client") != 0;
+}
+
+static void reload(void)
+{
+    char cert[TEXT_BYTES], key[TEXT_BYTES], ca_file[TEXT_BYTES];
+    snprintf(cert, sizeof cert, "%s/server.pem", certs);
+    snprintf(key, sizeof key, "%s/server.key", certs);
+    snprintf(ca_file, sizeof ca_file, "%s/ca.pem", certs);
+    const dtls_cert more = {.cert_file = cert, .key_file = key};
+    dtls_config cfg = {
+        .cert_file = cert, .key_file = key, .ca_file = ca_file, .psk = find_key, .certs = &more, .certs_len = 1};
+    dtls_error err = {0};
+    while (dtls_endpoint_reload(server.ep, &cfg, &err) < 0)
+        refused("dtls_endpoint_reload", &err);
+}
+
+static void scenario_trust(void)
+{
+    loop_begin();
+    server.ep = endpoint("server", (dtls_config){.on_event = server_event, .psk = find_key, .on_peer = welcome});
+    client.ep = endpoint("client", (dtls_config){.on_event = client_event,
+                                                 .psk_identity = "client",
+                                                 .psk_key = shared_key,
+                                                 .psk_key_len = sizeof shared_key});
+    client.target = (dtls_target){.peer = listening("127.0.0.1:0"), .name = "localhost"};
+    connected();
+    talk(64);
+    reload();
+    talk(64);
+    dtls_endpoint_recheck(server.ep);
+    SSL_SESSION *session = dtls_conn_session(client.conn);
+    close_all();
+    client.target.session = session;
+    connected();
+    talk(64);
+    close_all();
+    client.target.session = NULL;
+    SSL_SESSION_free(session);
+    if (outcome->fired)
+        probe();
+    dtls_loop_free(loop);
+}
+
 static const struct scenario {
     const char *name;
     void (*run)(void);
     bool cold; /* from before OpenSSL's first use */
 } scenarios[] = {{"loop", scenario_loop, false},     {"sockets", scenario_sockets, false},
                  {"memory", scenario_memory, false}, {"crowd", scenario_crowd, false},
-                 {"host", scenario_host, false},     {"first", scenario_first, true}};
+                 {"host", scenario_host, false},     {"trust", scenario_trust, false},
+                 {"first", scenario_first, true}};
 enum { SCENARIOS = sizeof scenarios / sizeof *scenarios };
 
 /* ---- runs ---- */
