@@ -74,6 +74,9 @@ static void server_event(dtls_conn *conn, dtls_event event, const void *data, si
         if (p->open || who == STRANGER || !is_verified(conn, &client_id))
             BROKEN("a connection that cannot be");
         *p = (struct peer){.open = conn, .live = joining};
+    } else if (event == DTLS_EV_FAILED) {
+        if (p->open == conn || info.connected)
+            BROKEN("a handshake failed that was done");
     } else if (p->open != conn) {
         BROKEN("event %d of a connection that is not open", (int)event);
     } else if (event == DTLS_EV_MESSAGE) {
@@ -212,11 +215,27 @@ static void record_client(struct recording *r, enum who from, int mtu_bytes)
     dtls_endpoint_free(mine);
 }
 
+/* Pre-shared keys are offered, too, but nobody has one. */
+static size_t some_key(void *user, const char *identity, uint8_t key[DTLS_PSK_MAX])
+{
+    (void)user;
+    chance_bytes(key, DTLS_PSK_MAX);
+    return strlen(identity) % 2 ? DTLS_PSK_MAX : 0;
+}
+
+static int whoever(void *user, const dtls_info *info, char *reason, size_t size)
+{
+    (void)user, (void)reason, (void)size;
+    return strlen(info->peer_name) + strlen(info->peer_fingerprint) == 0; /* somebody in any case */
+}
+
 static void world_begin(void)
 {
     now_us = 1000000;
     loop = dtls_loop_new(&(dtls_loop_config){.now_us = virtual_now});
     server = endpoint(&server_id, (dtls_config){.on_event = server_event,
+                                                .psk = some_key,
+                                                .on_peer = whoever,
                                                 .max_conns = CONNS_MAX,
                                                 .idle_ms = IDLE_EVENT_MS,
                                                 .idle_timeout_ms = IDLE_MS,
