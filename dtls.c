@@ -7087,7 +7087,11 @@ static void show_certificate(BIO *b, X509 *cert, int number)
     BIO_printf(b, "\n  not after  ");
     ASN1_TIME_print(b, X509_get0_notAfter(cert));
     if (key)
-        snprintf(words, sizeof words, "%s, %d bits", OBJ_nid2ln(EVP_PKEY_base_id(key)), EVP_PKEY_bits(key));
+        snprintf(words, sizeof words, "%s, %d bits",
+                 EVP_PKEY_base_id(key) == EVP_PKEY_EC    ? "EC"
+                 : EVP_PKEY_base_id(key) == EVP_PKEY_RSA ? "RSA"
+                                                         : OBJ_nid2ln(EVP_PKEY_base_id(key)),
+                 EVP_PKEY_bits(key));
     BIO_printf(b, "\n  key        %s\n  signature  %s\n", words, OBJ_nid2ln(X509_get_signature_nid(cert)));
 }
 
@@ -7168,7 +7172,7 @@ static int program_config(const struct program *p, struct paths *paths, dtls_con
     cfg->on_password = o->key_password ? program_password : NULL;
     cfg->on_peer = o->allow.len || o->deny.len ? program_on_peer : NULL;
     cfg->on_keylog = p->keylog ? program_keylog : NULL;
-    cfg->on_ssl_ctx = o->show_cert ? program_show : NULL;
+    cfg->on_ssl_ctx = o->show_cert && !keys_only ? program_show : NULL;
     cfg->psk_ccm8 = o->ccm8;
     if (client && p->keys.len) {
         cfg->psk_identity = p->keys.list[0].identity;
