@@ -261,7 +261,7 @@ static void test_on_peer(void)
 
 /* ---- authentication ---- */
 
-static struct identity stranger;
+static struct identity stranger, other_ca;
 
 static int without_cert(void *user, SSL_CTX *ctx)
 {
@@ -363,6 +363,45 @@ static void test_reload(void)
     stop();
 }
 
+static void test_recheck(void)
+{
+    dtls_error err = {0};
+    start((dtls_config){.psk = find_key, .on_peer = look}, (dtls_config){0});
+    REQUIRE(connected(), "a connection");
+    dtls_endpoint_recheck(server.ep);
+    pass_ms(100);
+    CHECK_EQ(server.closed, 0, "who is still trusted stays");
+    strcpy(unwelcome, "client");
+    dtls_endpoint_recheck(server.ep);
+    CHECK_THAT(server.closed == 1 && server.reason == DTLS_CLOSE_VERIFY, "who is not welcome any more goes: %s",
+               server.reason_text);
+    unwelcome[0] = 0;
+    CHECK_THAT(wait_for(&client.closed, 1) && client.reason == DTLS_CLOSE_PEER, "and is told");
+    CHECK_THAT(connect_client(NULL) && wait_for(&client.connected, 2) && wait_for(&server.connected, 2), "another one");
+    struct identity ours = ca;
+    ca = other_ca; /* the hook is asked again, and trusts this one */
+    CHECK_EQ(dtls_endpoint_reload(server.ep, &(dtls_config){.psk = find_key}, &err), 0, "another CA: %s", err.text);
+    ca = ours;
+    CHECK_EQ(server.closed, 1, "closes nobody");
+    dtls_endpoint_recheck(server.ep);
+    CHECK_THAT(server.closed == 2 && strstr(server.reason_text, "no longer trusted: "), "until asked to: %s",
+               server.reason_text);
+    stop();
+
+    client.keys_only = 1;
+    start((dtls_config){.psk = find_key}, with_key("a", key_a, sizeof key_a));
+    REQUIRE(connected() && server.psk, "a connection with a key");
+    dtls_endpoint_recheck(server.ep);
+    CHECK_EQ(server.closed, 0, "a key that is known stays");
+    strcpy(revoked, "a");
+    dtls_endpoint_recheck(server.ep);
+    CHECK_THAT(server.closed == 1 && strstr(server.reason_text, "no longer known"), "one that is gone goes: %s",
+               server.reason_text);
+    revoked[0] = 0;
+    dtls_endpoint_recheck(client.ep); /* a client knows its own key */
+    stop();
+}
+
 /* ---- exported keys and logs ---- */
 
 static int lines_logged;
@@ -391,20 +430,21 @@ static void test_export(void)
 int main(int argc, char **argv)
 {
     static const struct test tests[] = {
-        {"keys", test_keys},     {"wrong keys", test_wrong_keys}, {"keys and certificates", test_side_by_side},
-        {"ccm8", test_ccm8},     {"bad keys", test_bad_keys},     {"on_peer", test_on_peer},
-        {"auth", test_auth},     {"insecure", test_insecure},     {"reload", test_reload},
-        {"export", test_export},
+        {"keys", test_keys},       {"wrong keys", test_wrong_keys}, {"keys and certificates", test_side_by_side},
+        {"ccm8", test_ccm8},       {"bad keys", test_bad_keys},     {"on_peer", test_on_peer},
+        {"auth", test_auth},       {"insecure", test_insecure},     {"reload", test_reload},
+        {"recheck", test_recheck}, {"export", test_export},
     };
     virtual_chance();
     virtual_identities();
     struct identity ours = ca; /* issue() signs with it */
     ca = issue(8, "another CA", NULL);
     stranger = issue(9, "stranger", "serverAuth,clientAuth");
-    identity_free(&ca);
+    other_ca = ca;
     ca = ours;
     int status = RUN_TESTS("trust", tests, argc, argv);
     identity_free(&stranger);
+    identity_free(&other_ca);
     virtual_identities_free();
     return status;
 }
