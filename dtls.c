@@ -5308,7 +5308,8 @@ static int config_check(dtls_config *cfg, dtls_error *err)
     if (cfg->retransmit_max_ms > 600000) /* libssl counts in 32-bit microseconds */
         return fail(err, DTLS_ERR_ARG, "retransmit_max_ms must not be above 600,000");
     if (cfg->retransmit_ms < 1 || cfg->retransmit_ms > cfg->retransmit_max_ms || cfg->handshake_timeout_ms < 1 ||
-        cfg->idle_repeat_ms < 1 || cfg->idle_timeout_ms < DTLS_NEVER || cfg->idle_ms < DTLS_NEVER || cfg->cookie_ms < 1)
+        cfg->idle_repeat_ms < 1 || cfg->idle_timeout_ms < DTLS_NEVER || cfg->idle_ms < DTLS_NEVER ||
+        cfg->unanswered_ms < DTLS_NEVER || cfg->cookie_ms < 1)
         return fail(err, DTLS_ERR_ARG, "a timer in the configuration is out of range");
     if (cfg->max_conns < 1 || cfg->max_handshakes < 1 || cfg->datagrams_per_turn < 1 || cfg->send_queue_bytes < 1 ||
         cfg->socket_buffer_bytes < 1 || cfg->session_cache < DTLS_NEVER || cfg->max_conns_per_address < DTLS_NEVER ||

@@ -76,6 +76,19 @@ static void test_addresses(void)
                    dtls_addr_from_sockaddr(&a, (const struct sockaddr *)&six, sizeof six - 1) == DTLS_ERR_ADDR &&
                    dtls_addr_from_sockaddr(&a, (const struct sockaddr *)&six, sizeof six) == 0,
                "a sockaddr of another family, one cut short");
+    struct sockaddr_storage back;
+    dtls_addr again, none = {0};
+    CHECK_THAT(dtls_addr_to_sockaddr(&a, (struct sockaddr *)&back, sizeof back) == sizeof(struct sockaddr_in6) &&
+                   dtls_addr_from_sockaddr(&again, (struct sockaddr *)&back, sizeof back) == 0 &&
+                   dtls_addr_equal(&a, &again) && dtls_addr_parse(&a, "192.0.2.1:77", NULL) == 0 &&
+                   dtls_addr_to_sockaddr(&a, (struct sockaddr *)&back, sizeof(struct sockaddr_in)) ==
+                       sizeof(struct sockaddr_in) &&
+                   dtls_addr_from_sockaddr(&again, (struct sockaddr *)&back, sizeof(struct sockaddr_in)) == 0 &&
+                   dtls_addr_equal(&a, &again),
+               "and the way back");
+    CHECK_THAT(dtls_addr_to_sockaddr(&none, (struct sockaddr *)&back, sizeof back) == 0 &&
+                   dtls_addr_to_sockaddr(&a, (struct sockaddr *)&back, sizeof(struct sockaddr_in) - 1) == 0,
+               "no address, no room");
 }
 
 static void nothing(void *user)
@@ -344,12 +357,27 @@ static const char *refusal(dtls_config cfg, int code, const char *words)
 static void test_ranges(void)
 {
     static const dtls_config bad[] = {
-        {.mtu_bytes = 255},         {.mtu_bytes = 65536},     {.retransmit_max_ms = 600001},
-        {.retransmit_ms = -1},      {.retransmit_ms = 7000},  {.handshake_timeout_ms = -1},
-        {.idle_repeat_ms = -1},     {.idle_timeout_ms = -2},  {.idle_ms = -2},
-        {.cookie_ms = -1},          {.max_conns = -1},        {.max_handshakes = -1},
-        {.datagrams_per_turn = -1}, {.send_queue_bytes = -1}, {.socket_buffer_bytes = -1},
+        {.mtu_bytes = 255},
+        {.mtu_bytes = 65536},
+        {.retransmit_max_ms = 600001},
+        {.retransmit_ms = -1},
+        {.retransmit_ms = 7000},
+        {.handshake_timeout_ms = -1},
+        {.idle_repeat_ms = -1},
+        {.idle_timeout_ms = -2},
+        {.idle_ms = -2},
+        {.cookie_ms = -1},
+        {.max_conns = -1},
+        {.max_handshakes = -1},
+        {.datagrams_per_turn = -1},
+        {.send_queue_bytes = -1},
+        {.socket_buffer_bytes = -1},
         {.session_cache = -2},
+        {.unanswered_ms = -2},
+        {.max_chain_bytes = 511},
+        {.max_chain_bytes = 65537},
+        {.max_conns_per_address = -2},
+        {.max_conns_per_identity = -2},
     };
     const char *wrong = NULL;
     loop = dtls_loop_new(NULL);
@@ -926,6 +954,40 @@ static void test_ends_in_the_log(void)
     stop();
 }
 
+/* ---- hosts ---- */
+
+static void test_hosts(void)
+{
+    dtls_error err;
+    start((dtls_config){0}, (dtls_config){0});
+    CHECK_THAT(!dtls_endpoint_connect(client.ep, &(dtls_target){.host = "localhost:1"}, &err) &&
+                   err.code == DTLS_ERR_ARG,
+               "a host through a transport of one's own: %s", err.text);
+    REQUIRE(connected(), "a connection");
+    uint8_t key[16];
+    dtls_conn *conn = client.conn;
+    CHECK_EQ(dtls_conn_export(conn, "EXPORTER-x", key, sizeof key), 0, "keys of a connection");
+    CHECK_EQ(dtls_conn_renew(server.conn), DTLS_ERR_STATE, "a server does not renew");
+    stop();
+    loop = dtls_loop_new(NULL);
+    dtls_endpoint *ep = endpoint_new(loop, "client", (dtls_config){0});
+    static const char *const bad[] = {"", "host", "host:0", "host:65536", ":1", "1.2.3:1", "127.0.0.1:0"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        CHECK_THAT(!dtls_endpoint_connect(ep, &(dtls_target){.host = bad[i]}, &err) && err.text[0], "\"%s\": %s",
+                   bad[i], err.text);
+    dtls_conn *unknown = dtls_endpoint_connect(ep, &(dtls_target){.host = "host.invalid:1"}, &err);
+    dtls_info info;
+    REQUIRE(unknown, "a host that may be known");
+    dtls_conn_info(unknown, &info);
+    CHECK_THAT(info.peer.family == 0 && !info.connected && dtls_conn_send(unknown, "x", 1) == DTLS_ERR_STATE &&
+                   dtls_conn_renew(unknown) == DTLS_ERR_STATE &&
+                   dtls_conn_export(unknown, "x", key, 1) == DTLS_ERR_STATE && !dtls_conn_ssl(unknown) &&
+                   !dtls_conn_session(unknown) && dtls_conn_payload_max(unknown) == 0,
+               "while it is looked up");
+    dtls_conn_close(unknown);
+    dtls_loop_free(loop);
+}
+
 /* ---- messages ---- */
 
 static void test_sending(void)
@@ -1233,6 +1295,7 @@ int main(int argc, char **argv)
         {"connecting", test_connecting},
         {"inside", test_inside},
         {"ends in the log", test_ends_in_the_log},
+        {"hosts", test_hosts},
         {"sending", test_sending},
         {"mtus", test_mtus},
         {"suites", test_suites},
