@@ -9,9 +9,9 @@
 # exit status is 1 if anything failed, or if nothing passed. LIMIT_S seconds (300) are a program's limit without "all".
 set -u
 cd "$(dirname -- "$0")" || exit 1
-programs='library unit edges odd standards anew trust keyholder memory loops threads simulate faults fuzz backend dropin e2e peers loss hostile blackhole bench'
+programs='library unit edges odd standards anew trust keyholder memory loops threads simulate faults fuzz backend dropin e2e identity peers loss hostile blackhole bench'
 more='valgrind coverage'
-named='unit edges odd standards anew trust keyholder memory loops threads fuzz backend e2e peers loss hostile blackhole' # have tests to choose from
+named='unit edges odd standards anew trust keyholder memory loops threads fuzz backend e2e identity peers loss hostile blackhole' # have tests to choose from
 mode=quick
 limit_s=${LIMIT_S:-300} # for each program
 worlds=1000             # simulated with an optimizing compiler, and
@@ -162,7 +162,7 @@ if wanted backend && [ "$(uname)" = Linux ]; then
     done
 fi
 if wanted threads; then build threads "$races" tests/loops.c dtls.c $libssl; fi
-if wanted dropin || wanted e2e || wanted peers || wanted loss || wanted hostile || wanted blackhole; then build dtls "$sanitize" -DDTLS_MAIN dtls.c $libssl $libedit; fi
+if wanted dropin || wanted e2e || wanted identity || wanted peers || wanted loss || wanted hostile || wanted blackhole; then build dtls "$sanitize" -DDTLS_MAIN dtls.c $libssl $libedit; fi
 if wanted valgrind; then build dtls-plain '-O1 -g' -DDTLS_MAIN dtls.c $libssl $libedit; fi
 wait
 children=
@@ -195,6 +195,7 @@ for name in $backends; do
 done
 run dropin tests/build/dtls env DROPIN_FLAGS="$sanitize" sh tests/dropin.sh
 run e2e tests/build/dtls python3 tests/e2e.py "$@"
+run identity tests/build/dtls python3 tests/identity.py "$@"
 run peers tests/build/dtls python3 tests/peers.py "$@"
 run loss tests/build/dtls python3 tests/loss.py $([ $mode = quick ] || echo --all) "$@"
 run hostile tests/build/dtls python3 tests/hostile.py $([ $mode = quick ] || echo --all) "$@"
