@@ -34,6 +34,10 @@ client-cert:
 	@[ -n "$$NAME" ] || { echo 'usage: make client-cert NAME=alice' >&2; exit 2; }
 	@sh certs/certs.sh client "$$NAME"
 
+server-cert:
+	@[ -n "$$NAME" ] || { echo 'usage: make server-cert NAME=gateway SAN=DNS:gw.example.org,IP:192.0.2.7' >&2; exit 2; }
+	@sh certs/certs.sh server "$$NAME" "$$SAN"
+
 test:
 	@./test.sh
 
@@ -54,4 +58,4 @@ uninstall:
 clean:
 	rm -rf dtls dtls.dSYM libdtls.o libdtls.a tests/build
 
-.PHONY: all certs delete-certs client-cert test demo install uninstall clean
+.PHONY: all certs delete-certs client-cert server-cert test demo install uninstall clean

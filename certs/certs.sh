@@ -8,17 +8,23 @@ work=.building # keys are born in it; also the lock that keeps two runs apart
 
 usage() {
     cat >&2 <<'END'
-usage: certs.sh all           build what is missing of CA, server and client
-       certs.sh client NAME   build NAME.pem and NAME.key, for one more client
-       certs.sh delete        remove what was built, and nothing that was put there by hand
+usage: certs.sh all                 build what is missing of CA, server and client
+       certs.sh client NAME         build NAME.pem and NAME.key, for one more client
+       certs.sh server NAME [SAN]   the same for one more server; SAN, its names, is a list as in
+                                    DNS:gw.example.org,IP:192.0.2.7 (default: DNS:NAME)
+       certs.sh delete              remove what was built, and nothing that was put there by hand
 CERTS_DIR is the folder to work in (default: the one of this script), CERTS_DAYS the validity (default: 825).
 END
     exit 2
 }
 
 fail() { # exit status, text
-    echo "certs.sh: $2" >&2
+    printf 'certs.sh: %s\n' "$2" >&2
     exit "$1"
+}
+
+printable() { # text
+    printf '%s' "$1" | tr -c '\040-\176' '?'
 }
 
 # openssl chatters on stderr even when all is well: show that only when it fails.
@@ -77,8 +83,8 @@ build_leaf() { # NAME, extendedKeyUsage, subjectAltName or nothing
         "extendedKeyUsage = $2" ${3:+"subjectAltName = $3"}
 }
 
-build_server() {
-    build_leaf server serverAuth 'DNS:localhost, IP:127.0.0.1, IP:::1'
+build_server() { # NAME, subjectAltName
+    build_leaf "$1" serverAuth "$2"
 }
 
 build_client() { # NAME
@@ -86,6 +92,46 @@ build_client() { # NAME
     case $1 in *[!A-Za-z0-9-]* | *-) alt= ;; esac # not a DNS label
     [ ${#1} -le 63 ] || alt=
     build_leaf "$1" clientAuth "$alt"
+}
+
+is_host() { # text: labels of letters, digits and hyphens, the last one no number
+    case $1 in '' | *[!A-Za-z0-9.-]* | .* | *. | *..* | -* | *- | *-.* | *.-*) return 1 ;; esac
+    case ${1##*.} in *[!0-9]*) ;; *) return 1 ;; esac
+    [ ${#1} -le 253 ] && ! printf '%s\n' "$1" | grep -q '[^.]\{64\}'
+}
+
+is_ipv4() { # text
+    byte='(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])'
+    printf '%s\n' "$1" | grep -Eqx "($byte\.){3}$byte"
+}
+
+is_ipv6() { # text
+    text=$1 group='[0-9A-Fa-f]{1,4}'
+    case $text in
+    *:*.*)
+        is_ipv4 "${text##*:}" || return 1
+        text=${text%:*}:0:0
+        ;;
+    esac
+    printf '%s\n' "$text" | grep -Eqx "($group:){7}$group" || {
+        printf '%s\n' "$text" | grep -Eqx "($group(:$group)*)?::($group(:$group)*)?" &&
+            printf '%s\n' "$text" | awk -F: '{ for (i = 1; i <= NF; i++) n += $i != "" } END { exit n > 7 }'
+    }
+}
+
+check_names() { # subjectAltName
+    rest=$1,
+    while [ -n "$rest" ]; do
+        entry=${rest%%,*} rest=${rest#*,}
+        case $entry in
+        *[!A-Za-z0-9.:*-]*) ;;
+        DNS:\*.*.*) ! is_host "${entry#DNS:??}" || continue ;;
+        DNS:*) ! is_host "${entry#DNS:}" || continue ;;
+        IP:*:*) ! is_ipv6 "${entry#IP:}" || continue ;;
+        IP:*) ! is_ipv4 "${entry#IP:}" || continue ;;
+        esac
+        fail 2 "SAN has '$(printable "$entry")', which is no name; write it as in SAN=DNS:gw.example.org,IP:192.0.2.7"
+    done
 }
 
 # A file that was changed or replaced since it was built belongs to whoever did that.
@@ -103,14 +149,26 @@ delete() {
     rm -f .built
 }
 
+check_name() { # NAME, names that it cannot be...
+    case $1 in
+    '' | [.-]* | *[!A-Za-z0-9._-]*) fail 2 'NAME is made of A-Z a-z 0-9 . _ - with no . or - in front' ;;
+    esac
+    [ ${#1} -le 64 ] || fail 2 'NAME has at most 64 characters'
+    name=$1
+    shift
+    case " $* " in *" $name "*) fail 2 "NAME cannot be $name, that file is another one" ;; esac
+}
+
+san=
 case ${1-}:$# in
 all:1 | delete:1) ;;
-client:2)
-    case $2 in
-    '' | [.-]* | *[!A-Za-z0-9._-]* | ca | server)
-        fail 2 "NAME is made of A-Z a-z 0-9 . _ - with no . or - in front, and neither ca nor server" ;;
-    esac
-    [ ${#2} -le 64 ] || fail 2 "NAME has at most 64 characters"
+client:2) check_name "$2" ca crl server ;;
+server:[23])
+    check_name "$2" ca crl server client
+    san=${3:-DNS:$2}
+    [ -n "${3-}" ] || is_host "$2" ||
+        fail 2 "$2 is no host name, so SAN has to be given, as in SAN=DNS:gw.example.org,IP:192.0.2.7"
+    check_names "$san"
     ;;
 *) usage ;;
 esac
@@ -135,12 +193,16 @@ trap 'exit 1' HUP INT TERM
 case $1 in
 all)
     build_ca
-    [ -e server.pem ] || build_server
+    [ -e server.pem ] || build_server server 'DNS:localhost, IP:127.0.0.1, IP:::1'
     [ -e client.pem ] || build_client client
     ;;
 client)
     build_ca
     build_client "$2"
+    ;;
+server)
+    build_ca
+    build_server "$2" "$san"
     ;;
 delete) delete ;;
 esac

@@ -17,9 +17,9 @@ import time
 sys.dont_write_bytecode = True  # no __pycache__ in the tree
 
 from harness import (Authority, BIN, CC, CERTS, COMMANDS, FORGED, FORGED_DONE, IP_UDP_BYTES, Identity,
-                     MESSAGE_MAX, PROMPT, Proc, ROOT, Server, Skip, WAIT, can_bind, certs_sh, check, client_identity, equal,
-                     free_port, main, need_ipv6, need_second_loopback, openssl, server_identity, split_addr, test,
-                     wait_until)  # noqa: E402
+                     MESSAGE_MAX, PROMPT, Proc, ROOT, Server, Skip, WAIT, can_bind, certs_sh, check,
+                     client_identity, equal, free_port, main, need_ipv6, need_second_loopback, openssl, server_identity,
+                     split_addr, test, wait_until)  # noqa: E402
 from screen import layout  # noqa: E402
 
 # ---- tests: the command line -----------------------------------------------------------------------------------------
@@ -1371,6 +1371,124 @@ def certificates_deleted_and_nothing_else(t):
     equal(left, foreign, "files left after delete")
     certs_sh(folder, "delete")  # nothing to do is fine
     certs_sh(folder, "all")
+
+
+def certs_says(folder, *words, status=0, command=("sh", "certs/certs.sh"), **env):
+    """What certs.sh, or make instead, writes to stdout and stderr; status None: any but 0."""
+    done = subprocess.run([*command, *words], cwd=ROOT, env={**os.environ, "CERTS_DIR": str(folder), **env},
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    said = done.stdout.decode() + done.stderr.decode()
+    check(done.returncode == status if status is not None else done.returncode,
+          f"status {done.returncode} of {' '.join([*command, *words])}, which says {said[-300:]!r}")
+    return done.stdout.decode(), done.stderr.decode()
+
+
+def certs_refuses(folder, *words, status, says):
+    """One line that has all these texts, and a folder that is the same afterwards."""
+    before = contents(folder)
+    out, err = certs_says(folder, *words, status=status)
+    what = f"certs.sh {' '.join(words)}"
+    equal(out, "", f"stdout of {what}")
+    check(err.startswith("certs.sh: ") and err.count("\n") == 1, f"stderr of {what}: not one line: {err!r}")
+    missing = [text for text in says if text not in err]
+    check(not missing, f"stderr of {what} has no {missing}: {err!r}")
+    check(contents(folder) == before, f"{what} changed the folder")
+
+
+def contents(folder):
+    return {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()} if folder.exists() else None
+
+
+def alt_names(pem):
+    return re.search(r"X509v3 Subject Alternative Name:[^\n]*\n *([^\n]*)", described(pem))[1].split(", ")
+
+
+@test
+def certificates_one_more_server(t):
+    folder = pathlib.Path(t.path("certs"))
+    certs_says(folder, "server", "gateway", "DNS:gw.example.org,IP:192.0.2.7,IP:2001:db8::7,DNS:*.gw.example.org")
+    certs_sh(folder, "all")  # there is a CA already
+    made = contents(folder)
+    pem = folder / "gateway.pem"
+    equal(alt_names(pem), ["DNS:gw.example.org", "IP Address:192.0.2.7", "IP Address:2001:DB8:0:0:0:0:0:7",
+                           "DNS:*.gw.example.org"], "names in gateway.pem")
+    check("CA:FALSE" in described(pem) and "Client Auth" not in described(pem), "gateway.pem is good for too much")
+    openssl("verify", "-CAfile", folder / "ca.pem", "-purpose", "sslserver", pem)
+    equal(oct(mode_of(folder / "gateway.key")), "0o600", "mode of gateway.key")
+    server = t.server("--cert", pem, "--key", folder / "gateway.key", certs=folder)
+    for name in ("gw.example.org", "192.0.2.7", "a.gw.example.org"):
+        t.ping(server, "--name", name, certs=folder)
+    t.client(server, "--name", "localhost", certs=folder, stdin=subprocess.DEVNULL).exits(1)
+    certs_refuses(folder, "server", "gateway", "DNS:other.example.org", status=1, says=["gateway.key exists"])
+
+    for name in ("gw2", "gw3.example.org"):
+        certs_sh(folder, "server", name)
+        equal(alt_names(folder / f"{name}.pem"), [f"DNS:{name}"], f"names in {name}.pem")
+    for address, wanted in (("::", "0:0:0:0:0:0:0:0"), ("1:2:3:4:5:6:7:8", "1:2:3:4:5:6:7:8"),
+                            ("1:2:3:4:5:6:7::", "1:2:3:4:5:6:7:0"), ("::ffff:192.0.2.7", "0:0:0:0:0:FFFF:C000:207"),
+                            ("1:2:3:4:5:6:192.0.2.7", "1:2:3:4:5:6:C000:207"), ("fe80::1", "FE80:0:0:0:0:0:0:1")):
+        certs_sh(folder, "server", "v6", f"IP:{address}")
+        equal(alt_names(folder / "v6.pem"), [f"IP Address:{wanted}"], f"names for {address}")
+        (folder / "v6.pem").unlink()
+        (folder / "v6.key").unlink()
+    check(all(contents(folder)[name] == text for name, text in made.items() if name != ".built"), "a certificate changed")
+
+
+@test
+def certificates_servers_refused(t):
+    folder = pathlib.Path(t.path("certs"))
+    long = ".".join(["a" * 63] * 4)
+    for name in ("", "../outside", "a/b", "-x", ".x", "a b", "ca", "crl", "server", "client", "n" * 65):
+        certs_refuses(folder, "server", name, "DNS:a.example.org", status=2, says=["NAME "])
+    for name in ("a_b", "7", "a-", "a..b", "192.0.2.7", "a" * 64):
+        certs_refuses(folder, "server", name, status=2, says=[name, "SAN=DNS:"])
+    for entry in ("DNS:", "DNS:a_b", "DNS:a..b", "DNS:-a", "DNS:a-.b", "DNS:a.", "DNS:192.0.2.7", "DNS:*", "DNS:*.org",
+                  "DNS:a.*.org", "DNS:" + "a" * 64, f"DNS:{long}", "dns:a", "a.example.org", "email:a@example.org",
+                  "otherName:1.2.3", "IP:", "IP:192.0.2", "IP:192.0.2.256", "IP:192.0.2.07", "IP:192.0.2.7/24",
+                  "IP:192.0.2.7.1", "IP::1", "IP:1::2::3", "IP::::", "IP:12345::", "IP:1:2:3:4:5:6:7",
+                  "IP:1:2:3:4:5:6:7:8:9", "IP:1::2:3:4:5:6:7:8", "IP:fe80::1%eth0", "IP:g::", "IP:::192.0.2",
+                  "IP:a.example.org", " DNS:a"):
+        for names in (entry, f"DNS:a.example.org,{entry}"):
+            certs_refuses(folder, "server", "gateway", names, status=2, says=[f"'{entry}'", "SAN=DNS:"])
+    for names in (",", "DNS:a,", ",DNS:a", "DNS:a,,DNS:b", "DNS:a\nDNS:b", "DNS:a\n", "DNS:a\\nb", "DNS:\u00fc",
+                  "DNS:$HOME"):
+        certs_refuses(folder, "server", "gateway", names, status=2, says=["SAN=DNS:"])
+    check(not folder.exists(), "a refused certificate has left a folder")
+    check("usage:" in certs_says(folder, "server", status=2)[1], "server without a name: no usage")
+
+
+@test
+def certificates_through_make(t):
+    makes = [make for make in ("make", "gmake", "bmake") if shutil.which(make)]
+    if not makes:
+        raise Skip("no make here")
+    for make in makes:
+        folder = pathlib.Path(t.path(f"of {make}"))
+
+        def run(target, *words, status=0):
+            return certs_says(folder, target, *words, status=status, command=(make, "-s"))
+
+        for target in ("client-cert", "server-cert"):
+            check(f"usage: make {target} NAME=" in run(target, "NAME=", status=None)[1],
+                  f"{make} {target} without NAME: no usage")
+        check(not folder.exists(), "a usage error has left a folder")
+        run("certs")
+        run("client-cert", "NAME=alice")
+        run("server-cert", "NAME=gateway", "SAN=DNS:gw.example.org,IP:192.0.2.7")
+        run("server-cert", "NAME=gw2")
+        equal(alt_names(folder / "gateway.pem"), ["DNS:gw.example.org", "IP Address:192.0.2.7"], "names in gateway.pem")
+        equal(alt_names(folder / "gw2.pem"), ["DNS:gw2"], "names in gw2.pem")
+        run("delete-certs")
+        equal(contents(folder), {}, f"files left after {make} delete-certs")
+
+
+@test
+def certificates_stay_out_of_git(t):
+    if not shutil.which("git") or not (ROOT / ".git").exists():
+        raise Skip("no git repository here")
+    for name in ("ca.pem", "ca.key", "gateway.key", ".built", ".building/key"):
+        done = subprocess.run(["git", "check-ignore", "-q", f"certs/{name}"], cwd=ROOT)
+        equal(done.returncode, 0, f"status of git check-ignore certs/{name}")
 
 
 @test
