@@ -38,6 +38,13 @@ server-cert:
 	@[ -n "$$NAME" ] || { echo 'usage: make server-cert NAME=gateway SAN=DNS:gw.example.org,IP:192.0.2.7' >&2; exit 2; }
 	@sh certs/certs.sh server "$$NAME" "$$SAN"
 
+revoke:
+	@[ -n "$$NAME" ] || { echo 'usage: make revoke NAME=alice' >&2; exit 2; }
+	@sh certs/certs.sh revoke "$$NAME"
+
+crl:
+	@sh certs/certs.sh crl
+
 test:
 	@./test.sh
 
@@ -58,4 +65,4 @@ uninstall:
 clean:
 	rm -rf dtls dtls.dSYM libdtls.o libdtls.a tests/build
 
-.PHONY: all certs delete-certs client-cert server-cert test demo install uninstall clean
+.PHONY: all certs delete-certs client-cert server-cert revoke crl test demo install uninstall clean

@@ -12,6 +12,8 @@ usage: certs.sh all                 build what is missing of CA, server and clie
        certs.sh client NAME         build NAME.pem and NAME.key, for one more client
        certs.sh server NAME [SAN]   the same for one more server; SAN, its names, is a list as in
                                     DNS:gw.example.org,IP:192.0.2.7 (default: DNS:NAME)
+       certs.sh revoke NAME         revoke NAME.pem and write crl.pem, the list of all that is revoked
+       certs.sh crl                 write crl.pem anew, with today's date
        certs.sh delete              remove what was built, and nothing that was put there by hand
 CERTS_DIR is the folder to work in (default: the one of this script), CERTS_DAYS the validity (default: 825).
 END
@@ -37,6 +39,10 @@ ssl() {
 
 fingerprint() { # file
     cksum <"$1" | awk '{ print $1, $2 }'
+}
+
+built() { # file, name: whether this name was given to just this content
+    [ -e .built ] && grep -Fqx "$(fingerprint "$1") $2" .built
 }
 
 # Builds NAME.key and NAME.pem, signed by the CA, or by itself for the CA.
@@ -134,6 +140,61 @@ check_names() { # subjectAltName
     done
 }
 
+# Writes crl.pem. The list of what is revoked is kept as an index of openssl ca, and the number of the next CRL beside it.
+# openssl works on copies: it rewrites them, and leaves more files next to them.
+write_crl() { # file to revoke first, or nothing
+    [ ! -e crl.pem ] || built crl.pem crl.pem ||
+        fail 1 "$dir/crl.pem is not the one that was built, and is not overwritten; move it away"
+    printf '%s\n' '[ca]' 'default_ca = lists' '[lists]' "database = $work/index" "crlnumber = $work/number" \
+        'unique_subject = no' 'default_md = sha256' 'crl_extensions = extensions' \
+        '[extensions]' 'authorityKeyIdentifier = keyid:always' >"$work/conf"
+    : >"$work/index"
+    [ ! -e .revoked ] || cat .revoked >"$work/index"
+    echo 01 >"$work/number"
+    [ ! -e .crlnumber ] || cat .crlnumber >"$work/number"
+    [ $# = 0 ] || ssl ca -config "$work/conf" -cert ca.pem -keyfile ca.key -revoke "$1" -crl_reason superseded
+    ssl ca -config "$work/conf" -cert ca.pem -keyfile ca.key -gencrl -crldays "$days" -out "$work/crl"
+    chmod 644 "$work/crl"
+
+    # The list goes first. If it is the only one to arrive, the next CRL is complete all the same.
+    trap '' HUP INT TERM
+    echo "$(fingerprint "$work/crl") crl.pem" >>.built
+    mv "$work/index" .revoked
+    mv "$work/number" .crlnumber
+    mv "$work/crl" crl.pem
+    trap 'exit 1' HUP INT TERM
+    [ $# = 0 ] || echo "revoked $dir/$1"
+    echo "wrote $dir/crl.pem, with $(grep -c . .revoked || :) revoked"
+}
+
+need_ca() {
+    [ -e ca.pem ] || fail 1 "$dir/ca.pem is missing; make certs builds it"
+    [ -e ca.key ] || fail 1 "$dir/ca.key is missing, nothing can be signed without it; put it back"
+    public=$(openssl x509 -in ca.pem -noout -pubkey 2>/dev/null) ||
+        fail 1 "$dir/ca.pem is no certificate; put the right one back"
+    [ "$(openssl pkey -in ca.key -pubout 2>/dev/null)" = "$public" ] ||
+        fail 1 "$dir/ca.key is not the key of $dir/ca.pem; put the right one back"
+}
+
+is_revoked() { # serial
+    [ -e .revoked ] && cut -f4 .revoked | grep -Fqx "$1"
+}
+
+revoke() { # NAME
+    need_ca
+    pem=$1.pem
+    [ -e "$pem" ] || fail 1 "$dir/$pem is missing"
+    serial=$(openssl x509 -in "$pem" -noout -serial 2>/dev/null) || fail 1 "$dir/$pem is no certificate"
+    # What the system trusts must not count, an expired certificate may.
+    SSL_CERT_DIR=$work SSL_CERT_FILE=$work/none openssl verify -CAfile ca.pem -no-CApath -no_check_time "$pem" \
+        >/dev/null 2>&1 || fail 1 "$dir/$pem is not signed by $dir/ca.pem; its own CA can revoke it"
+    if is_revoked "${serial#serial=}"; then
+        echo "$dir/$pem is revoked already, nothing was changed; make crl writes $dir/crl.pem anew"
+    else
+        write_crl "$pem"
+    fi
+}
+
 # A file that was changed or replaced since it was built belongs to whoever did that.
 delete() {
     [ -e .built ] || return 0
@@ -146,7 +207,7 @@ delete() {
     cut -d' ' -f3 .built | sort -u | while read -r name; do
         [ ! -e "$name" ] || echo "kept $dir/$name, which is not the one that was built"
     done
-    rm -f .built
+    rm -f .revoked .crlnumber .built
 }
 
 check_name() { # NAME, names that it cannot be...
@@ -161,7 +222,7 @@ check_name() { # NAME, names that it cannot be...
 
 san=
 case ${1-}:$# in
-all:1 | delete:1) ;;
+all:1 | delete:1 | crl:1) ;;
 client:2) check_name "$2" ca crl server ;;
 server:[23])
     check_name "$2" ca crl server client
@@ -170,6 +231,7 @@ server:[23])
         fail 2 "$2 is no host name, so SAN has to be given, as in SAN=DNS:gw.example.org,IP:192.0.2.7"
     check_names "$san"
     ;;
+revoke:2) check_name "$2" ca crl ;;
 *) usage ;;
 esac
 days=${CERTS_DAYS:-825}
@@ -179,7 +241,10 @@ if [ "$1" != delete ] && ! command -v openssl >/dev/null 2>&1; then
 fi
 
 dir=${CERTS_DIR:-$(dirname -- "$0")}
-[ -d "$dir" ] || [ "$1" != delete ] || exit 0
+[ -d "$dir" ] || case $1 in
+delete) exit 0 ;;
+revoke | crl) fail 1 "$dir is missing; make certs builds it" ;;
+esac
 mkdir -p -- "$dir"
 CDPATH='' cd -- "$dir"
 umask 077 # key files are 0600 from their first byte
@@ -203,6 +268,11 @@ client)
 server)
     build_ca
     build_server "$2" "$san"
+    ;;
+revoke) revoke "$2" ;;
+crl)
+    need_ca
+    write_crl
     ;;
 delete) delete ;;
 esac

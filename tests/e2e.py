@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import time
 sys.dont_write_bytecode = True  # no __pycache__ in the tree
 
 from harness import (Authority, BIN, CC, CERTS, COMMANDS, FORGED, FORGED_DONE, IP_UDP_BYTES, Identity,
-                     MESSAGE_MAX, PROMPT, Proc, ROOT, Server, Skip, WAIT, can_bind, certs_sh, check,
+                     MESSAGE_MAX, OPENSSL, PROMPT, Proc, ROOT, Server, Skip, WAIT, can_bind, certs_sh, check,
                      client_identity, equal, free_port, main, need_ipv6, need_second_loopback, openssl, server_identity,
                      split_addr, test, wait_until)  # noqa: E402
 from screen import layout  # noqa: E402
@@ -1403,6 +1404,36 @@ def alt_names(pem):
     return re.search(r"X509v3 Subject Alternative Name:[^\n]*\n *([^\n]*)", described(pem))[1].split(", ")
 
 
+class List:
+    """What a crl.pem says."""
+
+    def __init__(self, pem):
+        text = openssl("crl", "-in", pem, "-noout", "-text")
+        self.number = int(re.search(r"X509v3 CRL Number:\s+(\w+)", text)[1], 0)
+        self.serials = re.findall(r"Serial Number: (\w+)", text)
+        self.reasons = re.findall(r"X509v3 CRL Reason Code:\s+(\w+)", text)
+        self.begin, self.end = (ssl.cert_time_to_seconds(re.search(f"{what} Update: (.*)", text)[1].strip())
+                                for what in ("Last", "Next"))
+
+
+def serial_of(pem):
+    return openssl("x509", "-in", pem, "-noout", "-serial").strip().split("=")[1]
+
+
+def revoked(folder, *names):
+    """Those of these that openssl takes for revoked; it must take the others for good."""
+    found = []
+    for name in names:
+        done = subprocess.run([OPENSSL, "verify", "-crl_check", "-CAfile", folder / "ca.pem",
+                               "-CRLfile", folder / "crl.pem", folder / f"{name}.pem"],
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30)
+        if b"certificate revoked" in done.stdout:
+            found.append(name)
+        else:
+            equal(done.returncode, 0, f"status of verifying {name}.pem, which says {done.stdout!r}")
+    return found
+
+
 @test
 def certificates_one_more_server(t):
     folder = pathlib.Path(t.path("certs"))
@@ -1458,6 +1489,131 @@ def certificates_servers_refused(t):
 
 
 @test
+def certificates_revoked(t):
+    folder = pathlib.Path(t.path("certs"))
+    certs_sh(folder, "all")
+    for name in ("alice", "bob"):
+        certs_sh(folder, "client", name)
+    made = contents(folder)
+    names = ("alice", "bob", "client", "server")
+
+    out, _ = certs_says(folder, "revoke", "alice")
+    check("revoked" in out and "alice.pem" in out and "crl.pem" in out, f"revoke says {out!r}")
+    equal(revoked(folder, *names), ["alice"], "revoked")
+    first = List(folder / "crl.pem")
+    equal((first.serials, first.reasons), ([serial_of(folder / "alice.pem")], ["Superseded"]), "entries of crl.pem")
+    equal((first.end - first.begin) / 86400, 825, "days until the next update")
+    check(abs(first.begin - time.time()) < 600, "the last update is not now")
+
+    before = contents(folder)
+    out, _ = certs_says(folder, "revoke", "alice")
+    check("revoked already" in out, f"revoking twice says {out!r}")
+    check(contents(folder) == before, "revoking twice changed something")
+
+    certs_says(folder, "revoke", "bob", CERTS_DAYS="30")
+    equal(revoked(folder, *names), ["alice", "bob"], "revoked")
+    second = List(folder / "crl.pem")
+    check(second.number > first.number, f"CRL numbers: {first.number}, then {second.number}")
+    equal((second.end - second.begin) / 86400, 30, "days until the next update")
+    certs_sh(folder, "all")
+    certs_sh(folder, "crl")
+    third = List(folder / "crl.pem")
+    check(third.number > second.number, f"CRL numbers: {second.number}, then {third.number}")
+    equal(third.serials, second.serials, "revoked after writing crl.pem anew")
+    check(all(contents(folder)[name] == text for name, text in made.items() if name != ".built"), "a certificate changed")
+    equal({oct(mode_of(folder / name)) for name in (".revoked", ".built", "alice.key")}, {"0o600"}, "modes")
+    equal(oct(mode_of(folder / "crl.pem")), "0o644", "mode of crl.pem")
+
+    # A new certificate for the same name is good, and can be revoked as well.
+    for part in ("pem", "key"):
+        (folder / f"alice.{part}").unlink()
+    certs_sh(folder, "client", "alice")
+    equal(revoked(folder, *names), ["bob"], "revoked")
+    server = t.server("--crl", folder / "crl.pem", certs=folder)
+    t.ping(server, *Identity(str(folder / "alice.pem"), str(folder / "alice.key")).options, certs=folder)
+    bob = t.client(server, *Identity(str(folder / "bob.pem"), str(folder / "bob.key")).options, certs=folder,
+                   stdin=subprocess.DEVNULL)
+    bob.exits(1)
+    certs_sh(folder, "revoke", "alice")
+    equal(revoked(folder, *names), ["alice", "bob"], "revoked")
+    equal(len(List(folder / "crl.pem").serials), 3, "revoked in all")
+
+    # One that has expired, one that was put there by hand, and a server.
+    authority = Authority(t.path("authority"), folder / "ca.pem", folder / "ca.key")
+    shutil.copy(authority.expired("old").pem, folder / "old.pem")
+    certs_sh(folder, "revoke", "old")
+    certs_sh(folder, "revoke", "server")
+    late = {serial_of(folder / f"{name}.pem") for name in ("old", "server")}
+    check(late < set(List(folder / "crl.pem").serials), "an expired certificate or a server's is not in crl.pem")
+
+    (folder / "old.pem").unlink()
+    certs_sh(folder, "delete")
+    equal(contents(folder), {}, "files left after delete")
+
+
+@test
+def certificates_revocation_list_alone(t):
+    folder = pathlib.Path(t.path("certs"))
+    for words in (("crl",), ("revoke", "alice")):
+        certs_refuses(folder, *words, status=1, says=[str(folder), "make certs"])
+    check(not folder.exists(), "a refused command has left a folder")
+    certs_sh(folder, "all")
+    certs_sh(folder, "crl")
+    equal(revoked(folder, "client", "server"), [], "revoked")
+    equal(List(folder / "crl.pem").serials, [], "entries of crl.pem")
+    t.ping(t.server("--crl", folder / "crl.pem", certs=folder), "--crl", folder / "crl.pem", certs=folder)
+    (folder / "crl.pem").unlink()
+    certs_sh(folder, "crl")
+    equal(List(folder / "crl.pem").number, 2, "CRL number of the second list")
+    certs_sh(folder, "delete")
+    equal(contents(folder), {}, "files left after delete")
+
+
+@test
+def certificates_not_revoked(t):
+    folder = pathlib.Path(t.path("certs"))
+    certs_sh(folder, "all")
+    certs_sh(folder, "client", "alice")
+    shutil.copy(t.other_authority().issue("foreign").pem, folder / "foreign.pem")
+    (folder / "text.pem").write_text("no certificate")
+    for name in ("", "../outside", "a/b", "-x", "ca", "crl"):
+        certs_refuses(folder, "revoke", name, status=2, says=["NAME "])
+    for name, says in (("nobody", ["nobody.pem is missing"]),
+                       ("foreign", ["foreign.pem is not signed by", "ca.pem"]), ("text", ["text.pem is no certificate"])):
+        certs_refuses(folder, "revoke", name, status=1, says=says)
+    # Not even when the system trusts its CA.
+    trusted = pathlib.Path(t.path("trusted"))
+    trusted.mkdir()
+    ca = t.path("other") + "/ca.pem"
+    shutil.copy(ca, trusted / (openssl("x509", "-in", ca, "-noout", "-subject_hash").strip() + ".0"))
+    certs_says(folder, "revoke", "foreign", status=1, SSL_CERT_DIR=str(trusted), SSL_CERT_FILE=ca)
+    for days in ("0", "x", "-1"):
+        certs_says(folder, "crl", status=2, CERTS_DAYS=days)
+    os.mkdir(folder / ".building")
+    certs_refuses(folder, "revoke", "alice", status=1, says=["another run is at work", f"rm -r {folder}/.building"])
+    os.rmdir(folder / ".building")
+
+    # A list that was put there by hand is not overwritten, and one that was changed has become such a list.
+    certs_sh(folder, "crl")
+    with open(folder / "crl.pem", "a") as file:
+        file.write("changed\n")
+    for words in (("revoke", "alice"), ("crl",)):
+        certs_refuses(folder, *words, status=1, says=["crl.pem is not the one that was built", "move it away"])
+    check("kept" in certs_says(folder, "delete")[0], "delete does not say what it kept")
+    equal(sorted(contents(folder)), ["crl.pem", "foreign.pem", "text.pem"], "files left after delete")
+
+    (folder / "crl.pem").unlink()
+    certs_sh(folder, "all")
+    key = (folder / "ca.key").read_bytes()
+    (folder / "ca.key").write_bytes((folder / "client.key").read_bytes())
+    certs_refuses(folder, "revoke", "client", status=1, says=["ca.key is not the key of", "put the right one back"])
+    (folder / "ca.key").unlink()
+    certs_refuses(folder, "revoke", "client", status=1, says=["ca.key is missing"])
+    (folder / "ca.key").write_bytes(key)
+    certs_sh(folder, "revoke", "client")
+
+
+@test
 def certificates_through_make(t):
     makes = [make for make in ("make", "gmake", "bmake") if shutil.which(make)]
     if not makes:
@@ -1468,7 +1624,7 @@ def certificates_through_make(t):
         def run(target, *words, status=0):
             return certs_says(folder, target, *words, status=status, command=(make, "-s"))
 
-        for target in ("client-cert", "server-cert"):
+        for target in ("client-cert", "server-cert", "revoke"):
             check(f"usage: make {target} NAME=" in run(target, "NAME=", status=None)[1],
                   f"{make} {target} without NAME: no usage")
         check(not folder.exists(), "a usage error has left a folder")
@@ -1478,6 +1634,10 @@ def certificates_through_make(t):
         run("server-cert", "NAME=gw2")
         equal(alt_names(folder / "gateway.pem"), ["DNS:gw.example.org", "IP Address:192.0.2.7"], "names in gateway.pem")
         equal(alt_names(folder / "gw2.pem"), ["DNS:gw2"], "names in gw2.pem")
+        run("crl")
+        equal(revoked(folder, "alice", "client"), [], f"revoked by {make} crl")
+        run("revoke", "NAME=alice")
+        equal(revoked(folder, "alice", "client"), ["alice"], f"revoked by {make} revoke")
         run("delete-certs")
         equal(contents(folder), {}, f"files left after {make} delete-certs")
 
@@ -1486,7 +1646,8 @@ def certificates_through_make(t):
 def certificates_stay_out_of_git(t):
     if not shutil.which("git") or not (ROOT / ".git").exists():
         raise Skip("no git repository here")
-    for name in ("ca.pem", "ca.key", "gateway.key", ".built", ".building/key"):
+    for name in ("ca.pem", "ca.key", "gateway.key", "crl.pem", ".built", ".revoked", ".crlnumber",
+                 ".building/key"):
         done = subprocess.run(["git", "check-ignore", "-q", f"certs/{name}"], cwd=ROOT)
         equal(done.returncode, 0, f"status of git check-ignore certs/{name}")
 
