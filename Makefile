@@ -45,6 +45,9 @@ revoke:
 crl:
 	@sh certs/certs.sh crl
 
+show-certs:
+	@sh certs/certs.sh show
+
 test:
 	@./test.sh
 
@@ -65,4 +68,4 @@ uninstall:
 clean:
 	rm -rf dtls dtls.dSYM libdtls.o libdtls.a tests/build
 
-.PHONY: all certs delete-certs client-cert server-cert revoke crl test demo install uninstall clean
+.PHONY: all certs delete-certs client-cert server-cert revoke crl show-certs test demo install uninstall clean

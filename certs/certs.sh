@@ -14,6 +14,7 @@ usage: certs.sh all                 build what is missing of CA, server and clie
                                     DNS:gw.example.org,IP:192.0.2.7 (default: DNS:NAME)
        certs.sh revoke NAME         revoke NAME.pem and write crl.pem, the list of all that is revoked
        certs.sh crl                 write crl.pem anew, with today's date
+       certs.sh show                a table of the certificates that are there
        certs.sh delete              remove what was built, and nothing that was put there by hand
 CERTS_DIR is the folder to work in (default: the one of this script), CERTS_DAYS the validity (default: 825).
 END
@@ -183,7 +184,7 @@ is_revoked() { # serial
 revoke() { # NAME
     need_ca
     pem=$1.pem
-    [ -e "$pem" ] || fail 1 "$dir/$pem is missing"
+    [ -e "$pem" ] || fail 1 "$dir/$pem is missing; make show-certs lists what is there"
     serial=$(openssl x509 -in "$pem" -noout -serial 2>/dev/null) || fail 1 "$dir/$pem is no certificate"
     # What the system trusts must not count, an expired certificate may.
     SSL_CERT_DIR=$work SSL_CERT_FILE=$work/none openssl verify -CAfile ca.pem -no-CApath -no_check_time "$pem" \
@@ -193,6 +194,123 @@ revoke() { # NAME
     else
         write_crl "$pem"
     fi
+}
+
+# What openssl says of each file, for tabulate: indented, below a line that names the file. Of several certificates in a
+# file the first one counts.
+describe() {
+    ca=$(openssl x509 -in ca.pem -noout -subject_hash 2>/dev/null) || ca=
+    for file in *; do
+        case $file in *.key) continue ;; esac
+        shown=$(printable "$file")
+        if [ -f "$file" ] && [ -r "$file" ]; then
+            kind=$(sed -n -e 's/^-----BEGIN \(TRUSTED \)*CERTIFICATE-----.*/x509/p' \
+                -e 's/^-----BEGIN X509 CRL-----.*/crl/p' "./$file" | head -n 1)
+        elif [ -f "$file" ] || { [ -h "$file" ] && [ ! -e "$file" ]; }; then
+            echo "certs.sh: $dir/$shown cannot be read" >&2
+            echo bad
+            continue
+        else
+            continue
+        fi
+        case $kind in
+        x509)
+            set -- -nameopt multiline,utf8 -subject -serial -enddate -text -certopt \
+                no_header,no_version,no_serial,no_signame,no_validity,no_subject,no_issuer,no_pubkey,no_sigdump,no_aux
+            own=-issuer_hash
+            ;;
+        crl)
+            set -- -lastupdate -nextupdate -text
+            own=-hash
+            ;;
+        *) continue ;;
+        esac
+        if ! text=$(openssl "$kind" -in "./$file" -noout "$@" 2>/dev/null); then
+            echo "certs.sh: $dir/$shown is damaged" >&2
+            echo bad
+            continue
+        fi
+        echo "$kind $shown"
+        printf '%s\n' "$text" | tr -d '\000-\010\013-\037' | tr '\177-\377' '?' | sed 's/^/ /'
+        serial=$(printf '%s\n' "$text" | sed -n 's/^serial=//p' | head -n 1)
+        if [ "$(openssl "$kind" -in "./$file" -noout "$own" 2>/dev/null)" = "$ca" ]; then
+            ! is_revoked "$serial" || echo revoked
+        elif [ "$kind" = crl ]; then
+            echo foreign
+        fi
+    done
+}
+
+tabulate() { # its input: what describe says
+    awk -v now="$(date -u '+%Y %m %d %H %M %S')" '
+    function day(y, m, d) { # counted from a day long ago
+        if (m < 3) { y--; m += 12 }
+        return 365 * y + int(y / 4) - int(y / 100) + int(y / 400) + int((153 * m - 457) / 5) + d
+    }
+    function month(name) { return (index("JanFebMarAprMayJunJulAugSepOctNovDec", name) + 2) / 3 }
+    function date(text, part) { # Nov  6 12:57:00 2028 GMT
+        return split(text, part, " ") < 4 ? "-" : sprintf("%d-%02d-%02d", part[4], month(part[1]), part[2])
+    }
+    function left(text, part, clock, days, whole) {
+        if (split(text, part, " ") < 4) return "-"
+        split(part[3], clock, ":")
+        days = day(part[4], month(part[1]), part[2]) - today + (clock[1] * 3600 + clock[2] * 60 + clock[3] - second) / 86400
+        whole = int(days)
+        return whole > days ? whole - 1 : whole
+    }
+    function value(text) { sub(/^[^=]*= */, "", text); return text }
+    function cell(column, text) {
+        table[rows, column] = text
+        if (length(text) > width[column]) width[column] = length(text)
+    }
+    function row(file, cn, names, serial, end, days, mark) {
+        rows++
+        cell(1, file); cell(2, cn); cell(3, names); cell(4, serial); cell(5, end); cell(6, days); cell(7, mark)
+    }
+    function finish() {
+        if (kind == "x509")
+            row(file, cn == "" ? "-" : cn, names == "" ? "-" : names, serial, date(end), left(end), mark)
+        if (kind == "crl")
+            lists = lists file ": revocation list with " revoked " revoked, last update " date(begin) ", next update " \
+                date(end) ", days left " left(end) mark "\n"
+        kind = cn = names = serial = begin = end = mark = ""
+        revoked = awaited = 0
+    }
+    BEGIN {
+        split(now, part, " ")
+        today = day(part[1], part[2], part[3])
+        second = part[4] * 3600 + part[5] * 60 + part[6]
+        row("file", "subject CN", "subjectAltNames", "serial", "not after", "days left", "")
+    }
+    /^(x509|crl) / { finish(); kind = $1; file = substr($0, length($1) + 2); next }
+    /^bad$/ { bad = 1 }
+    /^revoked$/ { mark = "revoked" }
+    /^foreign$/ { mark = ", not of ca.pem" }
+    awaited {
+        names = $0
+        gsub(/^ +| +$/, "", names)
+        gsub(/IP Address:/, "IP:", names)
+        gsub(/, /, ",", names)
+        awaited = 0
+    }
+    /^ +commonName *= / && cn == "" { cn = value($0) }
+    /^ serial=/ && serial == "" { serial = value($0) }
+    /^ (notAfter|nextUpdate)=/ && end == "" { end = value($0) }
+    /^ lastUpdate=/ { begin = value($0) }
+    /^ +Serial Number: / { revoked++ }
+    /^ +X509v3 Subject Alternative Name:/ && names == "" { awaited = 1 }
+    END {
+        finish()
+        if (rows == 1 && lists == "") print "no certificates are there; make certs builds some"
+        for (i = 1; i <= rows && rows > 1; i++) {
+            line = ""
+            for (j = 1; j <= 7; j++) line = line sprintf(j == 6 ? "%" width[j] "s  " : "%-" width[j] "s  ", table[i, j])
+            sub(/ +$/, "", line)
+            print line
+        }
+        printf "%s", lists
+        exit bad
+    }'
 }
 
 # A file that was changed or replaced since it was built belongs to whoever did that.
@@ -222,7 +340,7 @@ check_name() { # NAME, names that it cannot be...
 
 san=
 case ${1-}:$# in
-all:1 | delete:1 | crl:1) ;;
+all:1 | delete:1 | crl:1 | show:1) ;;
 client:2) check_name "$2" ca crl server ;;
 server:[23])
     check_name "$2" ca crl server client
@@ -243,10 +361,14 @@ fi
 dir=${CERTS_DIR:-$(dirname -- "$0")}
 [ -d "$dir" ] || case $1 in
 delete) exit 0 ;;
-revoke | crl) fail 1 "$dir is missing; make certs builds it" ;;
+revoke | crl | show) fail 1 "$dir is missing; make certs builds it" ;;
 esac
 mkdir -p -- "$dir"
 CDPATH='' cd -- "$dir"
+if [ "$1" = show ]; then # writes nothing, so needs no lock
+    describe | tabulate
+    exit
+fi
 umask 077 # key files are 0600 from their first byte
 mkdir "$work" 2>/dev/null || {
     [ -d "$work" ] || fail 1 "cannot write to $dir"

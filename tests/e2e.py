@@ -1554,7 +1554,7 @@ def certificates_revoked(t):
 @test
 def certificates_revocation_list_alone(t):
     folder = pathlib.Path(t.path("certs"))
-    for words in (("crl",), ("revoke", "alice")):
+    for words in (("crl",), ("revoke", "alice"), ("show",)):
         certs_refuses(folder, *words, status=1, says=[str(folder), "make certs"])
     check(not folder.exists(), "a refused command has left a folder")
     certs_sh(folder, "all")
@@ -1578,7 +1578,7 @@ def certificates_not_revoked(t):
     (folder / "text.pem").write_text("no certificate")
     for name in ("", "../outside", "a/b", "-x", "ca", "crl"):
         certs_refuses(folder, "revoke", name, status=2, says=["NAME "])
-    for name, says in (("nobody", ["nobody.pem is missing"]),
+    for name, says in (("nobody", ["nobody.pem is missing", "make show-certs"]),
                        ("foreign", ["foreign.pem is not signed by", "ca.pem"]), ("text", ["text.pem is no certificate"])):
         certs_refuses(folder, "revoke", name, status=1, says=says)
     # Not even when the system trusts its CA.
@@ -1614,6 +1614,70 @@ def certificates_not_revoked(t):
 
 
 @test
+def certificates_shown(t):
+    folder = pathlib.Path(t.path("certs"))
+    folder.mkdir()
+    check("make certs" in certs_says(folder, "show")[0], "an empty folder: not what to do")
+    certs_sh(folder, "all")
+    certs_sh(folder, "server", "gateway", "DNS:gw.example.org,IP:192.0.2.7")
+    certs_says(folder, "client", "alice", CERTS_DAYS="10")
+    authority = Authority(t.path("authority"), folder / "ca.pem", folder / "ca.key")
+    shutil.copy(authority.expired("old", cn="J\u00f6rg = an old one").pem, folder / "old.crt")
+    (folder / "notes.txt").write_text("no certificate")
+    (folder / "bytes.bin").write_bytes(bytes(range(256)))
+    os.mkdir(folder / "folder.pem")
+    before = contents(folder)
+    out, err = certs_says(folder, "show")
+    check(contents(folder) == before, "show changed the folder")
+    equal(err, "", "stderr of show")
+    lines = out.splitlines()
+    serials = {path.name: serial_of(path) for path in folder.iterdir()
+               if path.is_file() and path.suffix in (".pem", ".crt")}
+    equal([line.split()[0] for line in lines], ["file", *sorted(serials)], "first column")
+    table = {line.split()[0]: re.split(" {2,}", line.strip()) for line in lines[1:]}
+    for name, row in table.items():
+        equal(row[3], serials[name], f"serial of {name}")
+        end = ssl.cert_time_to_seconds(openssl("x509", "-in", folder / name, "-noout", "-enddate").strip().split("=")[1])
+        equal(row[4], time.strftime("%Y-%m-%d", time.gmtime(end)), f"end of {name}")
+        left = end - time.time()
+        check(left // 86400 <= int(row[5]) <= (left + 60) // 86400, f"days left of {name}: {row[5]}")
+        equal(row[6:], [], f"marks of {name}")
+    equal(table["gateway.pem"][1:3], ["gateway", "DNS:gw.example.org,IP:192.0.2.7"], "names of gateway.pem")
+    equal(table["server.pem"][2], "DNS:localhost,IP:127.0.0.1,IP:0:0:0:0:0:0:0:1", "names of server.pem")
+    check(table["ca.pem"][1].startswith("dtls.c test CA ") and table["ca.pem"][2] == "-", f"ca.pem: {table['ca.pem']}")
+    check(table["alice.pem"][5] in ("10", "9"), f"days left of a certificate for 10 days: {table['alice.pem'][5]}")
+    equal(table["old.crt"][1], "J\\C3\\B6rg = an old one", "name in old.crt")
+    check(int(table["old.crt"][5]) < -365, f"days left of an expired certificate: {table['old.crt'][5]}")
+    check(len({line.find(table[line.split()[0]][3]) for line in lines[1:]}) == 1, "columns that are not aligned")
+
+    certs_sh(folder, "revoke", "alice")
+    certs_sh(folder, "revoke", "client")
+    out, _ = certs_says(folder, "show")
+    marked = [line.split()[0] for line in out.splitlines() if line.endswith("  revoked")]
+    equal(marked, ["alice.pem", "client.pem"], "marked as revoked")
+    made = List(folder / "crl.pem")
+    dates = [time.strftime("%Y-%m-%d", time.gmtime(when)) for when in (made.begin, made.end)]
+    line = next(line for line in out.splitlines() if line.startswith("crl.pem: "))
+    check(all(word in line for word in ("2 revoked", *dates)), f"of crl.pem: {line}")
+    check(line.split()[-1] in ("824", "825"), f"days left of crl.pem: {line}")
+    check("not of ca.pem" not in line, f"of crl.pem: {line}")
+
+    # What cannot be read is told, and the rest is shown all the same.
+    (folder / "damaged.pem").write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+    (folder / "dangling.pem").symlink_to("nowhere")
+    again, err = certs_says(folder, "show", status=1)
+    equal(again.splitlines()[0], out.splitlines()[0], "the table beside files that cannot be read")
+    check(all(text in err for text in ("damaged.pem is damaged", "dangling.pem cannot be read")), f"told: {err!r}")
+    equal(err.count("\n"), 2, "lines on stderr")
+    (folder / "ca.pem").unlink()
+    (folder / "ca.key").unlink()
+    certs_sh(folder, "all")
+    out, _ = certs_says(folder, "show", status=1)
+    line = next(line for line in out.splitlines() if line.startswith("crl.pem: "))
+    check("not of ca.pem" in line, f"of the crl.pem of another CA: {line}")
+
+
+@test
 def certificates_through_make(t):
     makes = [make for make in ("make", "gmake", "bmake") if shutil.which(make)]
     if not makes:
@@ -1638,6 +1702,7 @@ def certificates_through_make(t):
         equal(revoked(folder, "alice", "client"), [], f"revoked by {make} crl")
         run("revoke", "NAME=alice")
         equal(revoked(folder, "alice", "client"), ["alice"], f"revoked by {make} revoke")
+        check(re.search("^alice.pem .* revoked$", run("show-certs")[0], re.M), f"{make} show-certs does not mark alice.pem")
         run("delete-certs")
         equal(contents(folder), {}, f"files left after {make} delete-certs")
 
