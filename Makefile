@@ -48,6 +48,10 @@ crl:
 show-certs:
 	@sh certs/certs.sh show
 
+psk:
+	@[ -n "$$NAME" ] || { echo 'usage: make psk NAME=sensor-1' >&2; exit 2; }
+	@sh certs/certs.sh psk "$$NAME"
+
 test:
 	@./test.sh
 
@@ -68,4 +72,4 @@ uninstall:
 clean:
 	rm -rf dtls dtls.dSYM libdtls.o libdtls.a tests/build
 
-.PHONY: all certs delete-certs client-cert server-cert revoke crl show-certs test demo install uninstall clean
+.PHONY: all certs delete-certs client-cert server-cert revoke crl show-certs psk test demo install uninstall clean

@@ -15,6 +15,7 @@ usage: certs.sh all                 build what is missing of CA, server and clie
        certs.sh revoke NAME         revoke NAME.pem and write crl.pem, the list of all that is revoked
        certs.sh crl                 write crl.pem anew, with today's date
        certs.sh show                a table of the certificates that are there
+       certs.sh psk NAME            add a pre-shared key for NAME to psk.txt, and tell how to use it
        certs.sh delete              remove what was built, and nothing that was put there by hand
 CERTS_DIR is the folder to work in (default: the one of this script), CERTS_DAYS the validity (default: 825).
 END
@@ -201,7 +202,7 @@ revoke() { # NAME
 describe() {
     ca=$(openssl x509 -in ca.pem -noout -subject_hash 2>/dev/null) || ca=
     for file in *; do
-        case $file in *.key) continue ;; esac
+        case $file in *.key | psk.txt) continue ;; esac
         shown=$(printable "$file")
         if [ -f "$file" ] && [ -r "$file" ]; then
             kind=$(sed -n -e 's/^-----BEGIN \(TRUSTED \)*CERTIFICATE-----.*/x509/p' \
@@ -313,15 +314,50 @@ tabulate() { # its input: what describe says
     }'
 }
 
+# psk.txt has a line IDENTITY:HEX for each key, HEX being its bytes in hexadecimal. Empty lines and lines that begin with #
+# are skipped.
+add_psk() { # IDENTITY
+    : >"$work/psk"
+    if [ -e psk.txt ] || [ -h psk.txt ]; then
+        { [ -f psk.txt ] && [ ! -h psk.txt ] && [ -r psk.txt ]; } ||
+            fail 1 "$dir/psk.txt is no file that can be read; move it away"
+        ! sed 's/:[^:]*$//' psk.txt | grep -Fqx -e "$1" ||
+            fail 1 "$dir/psk.txt has a key for $1 already; delete its line to make another"
+        awk 1 psk.txt >"$work/psk" # also ends a last line that has no end
+    fi
+    key=$(ssl rand -hex 32)
+    printf '%s\n' "$1:$key" >"$work/line"
+    cat "$work/line" >>"$work/psk"
+
+    # Listed line by line, since others may be added or deleted by hand.
+    trap '' HUP INT TERM
+    echo "$(fingerprint "$work/line") psk.txt" >>.built
+    mv "$work/psk" psk.txt
+    trap 'exit 1' HUP INT TERM
+    printf '%s\n' "added $1 to $dir/psk.txt; use it with" "./dtls server --psk-file $dir/psk.txt ADDR" \
+        "./dtls client --psk $1:$key ADDR"
+}
+
+delete_psk() {
+    while IFS= read -r line || [ -n "$line" ]; do
+        printf '%s\n' "$line" >"$work/line"
+        built "$work/line" psk.txt || return 0
+    done <psk.txt
+    rm -f psk.txt
+}
+
 # A file that was changed or replaced since it was built belongs to whoever did that.
 delete() {
     [ -e .built ] || return 0
     while read -r sum size name; do
-        case $name in */*) continue ;; esac
+        case $name in */* | psk.txt) continue ;; esac
         if [ -f "$name" ] && [ "$(fingerprint "$name")" = "$sum $size" ]; then
             rm -f "$name"
         fi
     done <.built
+    if [ -f psk.txt ] && grep -q ' psk\.txt$' .built; then
+        delete_psk
+    fi
     cut -d' ' -f3 .built | sort -u | while read -r name; do
         [ ! -e "$name" ] || echo "kept $dir/$name, which is not the one that was built"
     done
@@ -350,6 +386,10 @@ server:[23])
     check_names "$san"
     ;;
 revoke:2) check_name "$2" ca crl ;;
+psk:2)
+    case $2 in '' | *[!A-Za-z0-9._@-]*) fail 2 'NAME is made of A-Z a-z 0-9 . _ - @' ;; esac
+    [ ${#2} -le 127 ] || fail 2 'NAME has at most 127 characters' # no program takes more
+    ;;
 *) usage ;;
 esac
 days=${CERTS_DAYS:-825}
@@ -396,5 +436,6 @@ crl)
     need_ca
     write_crl
     ;;
+psk) add_psk "$2" ;;
 delete) delete ;;
 esac

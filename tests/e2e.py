@@ -1621,6 +1621,7 @@ def certificates_shown(t):
     certs_sh(folder, "all")
     certs_sh(folder, "server", "gateway", "DNS:gw.example.org,IP:192.0.2.7")
     certs_says(folder, "client", "alice", CERTS_DAYS="10")
+    certs_sh(folder, "psk", "sensor-1")
     authority = Authority(t.path("authority"), folder / "ca.pem", folder / "ca.key")
     shutil.copy(authority.expired("old", cn="J\u00f6rg = an old one").pem, folder / "old.crt")
     (folder / "notes.txt").write_text("no certificate")
@@ -1677,6 +1678,65 @@ def certificates_shown(t):
     check("not of ca.pem" in line, f"of the crl.pem of another CA: {line}")
 
 
+def keys_in(folder):
+    return (folder / "psk.txt").read_text().splitlines()
+
+
+@test
+def certificates_tool_makes_pre_shared_keys(t):
+    folder = pathlib.Path(t.path("certs"))
+    out, _ = certs_says(folder, "psk", "sensor-1")
+    key = keys_in(folder)[0]
+    check(re.fullmatch("sensor-1:[0-9a-f]{64}", key), f"psk.txt: {key!r}")
+    equal(oct(mode_of(folder / "psk.txt")), "0o600", "mode of psk.txt")
+    equal(out.splitlines()[1:], [f"./dtls server --psk-file {folder}/psk.txt ADDR", f"./dtls client --psk {key} ADDR"],
+          "how to use it")
+    longest = "n" * 127
+    for name in ("a.b_C@d", "Sensor-1", "ensor-1", "1e3", "1000", longest):
+        certs_sh(folder, "psk", name)
+    keys = keys_in(folder)
+    equal([line.split(":")[0] for line in keys], ["sensor-1", "a.b_C@d", "Sensor-1", "ensor-1", "1e3", "1000", longest],
+          "identities")
+    equal(len({line.split(":")[1] for line in keys}), 7, "different keys")
+    server = t.server("--psk-file", folder / "psk.txt")
+    for line in (keys[0], keys[-1]):
+        t.ping(server, "--psk", line, certs=folder)
+
+    certs_refuses(folder, "psk", "sensor-1", status=1, says=["psk.txt has a key for sensor-1 already", "delete its line"])
+    for name in ("", "a b", "a:b", "a/b", "#a", "a\n", "a\nb", "\u00fc", "*", "n" * 128):
+        certs_refuses(folder, "psk", name, status=2, says=["NAME "])
+    check("usage:" in certs_says(folder, "psk", status=2)[1], "psk without a name: no usage")
+
+    # What was added by hand stays, and a last line without its end is not glued to the next one.
+    with open(folder / "psk.txt", "a") as file:
+        file.write("# by hand\n\nhand:00ff\n#commented:00\ncolon:ed:00")
+    os.chmod(folder / "psk.txt", 0o644)
+    certs_refuses(folder, "psk", "hand", status=1, says=["delete its line"])
+    certs_sh(folder, "psk", "ed")
+    certs_sh(folder, "psk", "commented")
+    equal(keys_in(folder)[:-2], [*keys, "# by hand", "", "hand:00ff", "#commented:00", "colon:ed:00"], "psk.txt")
+    equal(oct(mode_of(folder / "psk.txt")), "0o600", "mode of psk.txt")
+    before = contents(folder)["psk.txt"]
+    check("kept" in certs_says(folder, "delete")[0], "delete does not say what it kept")
+    equal(contents(folder), {"psk.txt": before}, "files left after delete")
+    certs_sh(folder, "delete")
+    equal(contents(folder), {"psk.txt": before}, "files left after another delete")
+    certs_sh(folder, "psk", "late")
+    certs_sh(folder, "delete")
+    check(contents(folder)["psk.txt"].startswith(before), "delete took keys that were there before")
+
+    # Without a line of somebody else's it goes, also when one of its own was deleted.
+    (folder / "psk.txt").unlink()
+    for name in ("one", "two", "three"):
+        certs_sh(folder, "psk", name)
+    (folder / "psk.txt").write_text("".join(f"{line}\n" for line in keys_in(folder) if not line.startswith("two:")))
+    certs_sh(folder, "psk", "two")
+    certs_sh(folder, "delete")
+    equal(contents(folder), {}, "files left after delete")
+    (folder / "psk.txt").symlink_to("elsewhere")
+    certs_refuses(folder, "psk", "one", status=1, says=["psk.txt is no file that can be read", "move it away"])
+
+
 @test
 def certificates_through_make(t):
     makes = [make for make in ("make", "gmake", "bmake") if shutil.which(make)]
@@ -1688,7 +1748,7 @@ def certificates_through_make(t):
         def run(target, *words, status=0):
             return certs_says(folder, target, *words, status=status, command=(make, "-s"))
 
-        for target in ("client-cert", "server-cert", "revoke"):
+        for target in ("client-cert", "server-cert", "revoke", "psk"):
             check(f"usage: make {target} NAME=" in run(target, "NAME=", status=None)[1],
                   f"{make} {target} without NAME: no usage")
         check(not folder.exists(), "a usage error has left a folder")
@@ -1703,6 +1763,8 @@ def certificates_through_make(t):
         run("revoke", "NAME=alice")
         equal(revoked(folder, "alice", "client"), ["alice"], f"revoked by {make} revoke")
         check(re.search("^alice.pem .* revoked$", run("show-certs")[0], re.M), f"{make} show-certs does not mark alice.pem")
+        run("psk", "NAME=sensor-1")
+        equal(len(keys_in(folder)), 1, f"keys after {make} psk")
         run("delete-certs")
         equal(contents(folder), {}, f"files left after {make} delete-certs")
 
@@ -1711,7 +1773,7 @@ def certificates_through_make(t):
 def certificates_stay_out_of_git(t):
     if not shutil.which("git") or not (ROOT / ".git").exists():
         raise Skip("no git repository here")
-    for name in ("ca.pem", "ca.key", "gateway.key", "crl.pem", ".built", ".revoked", ".crlnumber",
+    for name in ("ca.pem", "ca.key", "gateway.key", "crl.pem", "psk.txt", ".built", ".revoked", ".crlnumber",
                  ".building/key"):
         done = subprocess.run(["git", "check-ignore", "-q", f"certs/{name}"], cwd=ROOT)
         equal(done.returncode, 0, f"status of git check-ignore certs/{name}")

@@ -57,7 +57,7 @@ system() { # cell, release, architecture: makes it
     mkdir "$root/src"
     # Nothing that was built here.
     tar -cf - --exclude=./tests/build --exclude=./.git --exclude=./dtls --exclude='./libdtls.*' --exclude='./certs/*.pem' \
-        --exclude='./certs/*.key' --exclude='./certs/.[bcr]*' . | tar -xf - -C "$root/src"
+        --exclude='./certs/*.key' --exclude='./certs/.[bcr]*' --exclude=./certs/psk.txt . | tar -xf - -C "$root/src"
 }
 
 # What every ./test.sh in the cell said.
