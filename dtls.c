@@ -5506,7 +5506,8 @@ static int ctx_check_suites(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *er
 static int ctx_check_cert(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
 {
     X509 *cert = SSL_CTX_get0_certificate(ctx);
-    bool optional = !cfg->cert_file && (!config_has_certs(cfg) || cfg->auth == DTLS_AUTH_SERVER || config_has_psk(cfg));
+    bool optional = !cfg->cert_file && (!config_has_certs(cfg) || cfg->auth == DTLS_AUTH_SERVER ||
+                                        cfg->auth == DTLS_AUTH_INSECURE || config_has_psk(cfg));
     if (!cert && optional)
         return 0;
     if (!cert || SSL_CTX_check_private_key(ctx) != 1)
