@@ -200,13 +200,31 @@ static void test_quiet_server(void)
     dtls_loop_free(server.loop);
 }
 
+/* A host is looked up in another thread, whose answer wakes the loop. */
+static void test_hosts(void)
+{
+    char host[32];
+    dtls_error err = {0};
+    snprintf(host, sizeof host, "localhost:%u", open_server(&server, (dtls_config){0}).port);
+    client = (struct side){.loop = dtls_loop_new(NULL)};
+    side_open(&client, "client", (dtls_config){0});
+    for (int i = 1; i <= 8; i++) {
+        int connected = server.connected;
+        REQUIRE(dtls_endpoint_connect(client.ep, &(dtls_target){.host = host}, &err), "connect: %s", err.text);
+        CHECK_THAT(foreign_until(&client.connected, i) && foreign_until(&server.connected, connected + 1),
+                   "a host by its name");
+    }
+    for (int i = 0; i < 8; i++) /* these are left while they are looked up */
+        REQUIRE(dtls_endpoint_connect(client.ep, &(dtls_target){.host = host}, &err), "connect: %s", err.text);
+    dtls_loop_free(client.loop);
+    dtls_loop_free(server.loop);
+}
+
 int main(int argc, char **argv)
 {
     static const struct test tests[] = {
-        {"foreign loop", test_foreign_loop},
-        {"fairness", test_fairness},
-        {"threads", test_threads},
-        {"quiet server", test_quiet_server},
+        {"foreign loop", test_foreign_loop}, {"fairness", test_fairness}, {"threads", test_threads},
+        {"quiet server", test_quiet_server}, {"hosts", test_hosts},
     };
     return RUN_TESTS("loops", tests, argc, argv);
 }
