@@ -22,7 +22,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUILD = ROOT / "tests/build/coverage"
 REASONS = ROOT / "tests/uncovered.txt"
-GOAL_PERCENT = 95
+GOAL_PERCENT = 92
 LIMIT_S = 900  # for each program
 FAULTS = '"$0" "$1" quick && "$0" "$1" all 0 20'  # samples, and one in twenty of all: OpenSSL's own are many
 
@@ -65,7 +65,8 @@ def programs(certs):
         inputs = sorted(str(path) for path in (ROOT / "tests/corpus" / target).iterdir())
         yield make(f"fuzz-{target}", f"tests/fuzz_{target}.c", "tests/fuzz_replay.c",
                    command=[str(BUILD / f"fuzz-{target}/program"), *inputs])
-    yield make("e2e", flags=["-DDTLS_MAIN"], libs=LIBEDIT, command=[sys.executable, "tests/e2e.py"])
+    yield make("e2e", flags=["-DDTLS_MAIN"], libs=LIBEDIT,
+               command=["sh", "-c", f"{sys.executable} tests/e2e.py && {sys.executable} tests/identity.py"])
 
 
 def build(program):
