@@ -3,7 +3,7 @@
 # ./test.sh matrix [CELL...]
 # With NAMEs the program runs only those of its tests whose names contain one of them: ./test.sh edges 'stale cookie'.
 # With "all" everything that is sampled otherwise (simulated worlds, injected faults, fuzzing, floods) runs at full length,
-# and valgrind and coverage besides: about 20 minutes. With "kqueue" the same tests as without it run on the kqueue
+# and valgrind and coverage besides: half an hour. With "kqueue" the same tests as without it run on the kqueue
 # backend, which tests/kqueue lets Linux have. With "matrix" they run on other systems, in fresh ones below tests/build, and
 # dtls.c is compiled for systems that are not at hand: two hours, as root on Debian. The last line counts the results; the
 # exit status is 1 if anything failed, or if nothing passed. LIMIT_S seconds (300) are a program's limit without "all".
@@ -14,7 +14,7 @@ more='valgrind coverage'
 named='unit edges odd standards anew trust keyholder memory loops threads fuzz backend e2e identity peers loss hostile blackhole' # have tests to choose from
 mode=quick
 limit_s=${LIMIT_S:-300} # for each program
-worlds=1000             # simulated with an optimizing compiler, and
+worlds=600              # simulated with an optimizing compiler, and
 worlds_sanitized=60     # under sanitizers
 cells=                  # of the matrix
 kqueue="-DDTLS_USE_KQUEUE -I$PWD/tests/kqueue"
