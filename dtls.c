@@ -698,6 +698,7 @@ struct dtls_loop {
     struct signal_watch signals[SIGNALS_MAX];
     _Atomic(struct post *) posts;
     atomic_size_t posts_len;
+    unsigned lookups;
     struct io *io;                      /* the datagram part's buffers, and */
     void (*turn_ends)(dtls_loop *loop); /* what it does at the end of each turn; NULL: there are no sockets */
 };
@@ -1479,6 +1480,7 @@ enum {
     BATCH_OUT_BYTES = 262144,
     CONTROL_BYTES = 64, /* ancillary data: one in_pktinfo or in6_pktinfo with its header */
     ADDRS_MAX = 8,      /* of a host that are tried */
+    LOOKUPS_MAX = 64,   /* at once, each with a thread */
     HOST_BYTES = 256
 };
 
@@ -1881,7 +1883,8 @@ static struct udp *udp_open(dtls_loop *l, const struct udp_user *user, struct ob
 }
 
 /* Names. getaddrinfo() waits, so it has a thread of its own, which shares nothing with the loop but a pipe: the answer
- * comes through that. Whoever does not want it any more closes the other end. */
+ * comes through that. The thread cannot be stopped, so a lookup that nobody wants any more is one until then, or until the
+ * loop is freed. */
 
 struct answer {
     int error; /* getaddrinfo()'s */
@@ -1938,13 +1941,15 @@ static void *lookup_thread(void *user)
     return NULL;
 }
 
-static void lookup_end(struct lookup *l)
+static void lookup_end(struct object *o)
 {
+    struct lookup *l = (struct lookup *)o;
     dtls_loop *loop = l->watch->loop;
     int fd = l->watch->fd;
     dtls_watch_free(l->watch);
     close(fd);
-    loop_bury(loop, &l->object);
+    loop->lookups--;
+    loop_bury(loop, o);
 }
 
 static void lookup_readable(void *user, int fd, unsigned events)
@@ -1957,8 +1962,9 @@ static void lookup_readable(void *user, int fd, unsigned events)
         return;
     if (n != (ssize_t)sizeof answer)
         answer = (struct answer){.error = EAI_FAIL};
-    lookup_end(l);
-    l->fn(l->user, &l->what, &answer);
+    lookup_end(&l->object);
+    if (l->fn)
+        l->fn(l->user, &l->what, &answer);
 }
 
 /* Signals are for the loop's thread, and SIGPIPE tells that nobody wants the answer. */
@@ -1979,28 +1985,30 @@ static int lookup_start(struct question *q)
     return r;
 }
 
-/* Asks for a host's addresses; fn is called once, and not before this returns, unless lookup_end() comes first. NULL: errno
- * tells why. */
+/* Asks for a host's addresses; fn is called once, and not before this returns. Who does not want that any more clears it.
+ * NULL: errno tells why. */
 static struct lookup *lookup_new(dtls_loop *loop, const struct question *what,
                                  void (*fn)(void *user, const struct question *what, const struct answer *answer),
                                  void *user)
 {
-    int fd[2] = {-1, -1}, error;
-    struct lookup *l = calloc(1, sizeof *l);
-    struct question *q = malloc(sizeof *q);
-    if (l && q && fd_pipe(fd) == 0 && (l->watch = dtls_watch_new(loop, fd[0], DTLS_READ, lookup_readable, l)) != NULL) {
+    int fd[2] = {-1, -1}, error = loop->lookups < LOOKUPS_MAX ? ENOMEM : EAGAIN;
+    struct lookup *l = error == ENOMEM ? calloc(1, sizeof *l) : NULL;
+    struct question *q = l ? malloc(sizeof *q) : NULL;
+    if (q && fd_pipe(fd) == 0 && (l->watch = dtls_watch_new(loop, fd[0], DTLS_READ, lookup_readable, l)) != NULL) {
         *q = l->what = *what;
         q->fd = fd[1];
-        l->object.destroy = object_free;
+        l->object = (struct object){.end = lookup_end, .destroy = object_free};
         l->fn = fn;
         l->user = user;
-        list_init(&l->object);
         error = lookup_start(q);
-        if (error == 0)
+        if (error == 0) {
+            loop->lookups++;
+            list_add(&loop->live, &l->object);
             return l;
+        }
         dtls_watch_free(l->watch);
-    } else {
-        error = l && q ? errno : ENOMEM;
+    } else if (q) {
+        error = errno;
     }
     for (int i = 0; i < 2; i++)
         if (fd[i] >= 0)
@@ -3545,7 +3553,7 @@ static void dial_end(dtls_conn *c)
     if (!d)
         return;
     if (d->lookup)
-        lookup_end(d->lookup);
+        d->lookup->fn = NULL;
     SSL_SESSION_free(d->session);
     free(d);
 }
@@ -6626,8 +6634,8 @@ enum {
     EXIT_USAGE = 2,
     PATH_BYTES = 1024,
     SETTINGS_MAX = 40,
-    WORDS_MAX = 64,    /* of an option that may be repeated */
-    KEYS_MAX = 100000, /* pre-shared keys in a file */
+    WORDS_MAX = 64,   /* of an option that may be repeated */
+    KEYS_MAX = 10000, /* pre-shared keys in a file */
     IDENTITY_BYTES = 128,
     EXPIRY_DAYS = 14,                  /* before that a certificate's end is told, */
     EXPIRY_LOOK_MS = 24 * 3600 * 1000, /* and so often looked for */

@@ -321,18 +321,18 @@ void dtls_endpoint_recheck(dtls_endpoint *ep);
  * of your own addr may be NULL. Returns 0, 1 if a wildcard already opened covers the address, or an error. */
 int dtls_endpoint_listen(dtls_endpoint *ep, dtls_addr *addr, dtls_error *err);
 
+/* Where to. host is used instead of peer: "name:port", or an address as in dtls_addr_parse(). A name is looked up each time,
+ * in a thread of its own (getaddrinfo(); 64 on a loop at once). Its addresses, 8 at most, are tried 250 ms apart, the next
+ * one at once where one fails, and the first to complete is taken (RFC 8305). Strings are copied. */
 typedef struct dtls_target {
     dtls_addr peer;
-    const char
-        *host; /* instead of peer: "name:port", or an address as in dtls_addr_parse(). A name is looked up each time, */
-               /* in a thread of its own (getaddrinfo()); its addresses, 8 at most, are tried 250 ms apart, the next */
-               /* at once where one fails, and the first to complete is taken (RFC 8305). Copied. */
+    const char *host;
     dtls_addr local;  /* with a transport of your own: the address to send from; otherwise left zero */
     const char *name; /* DNS name or IP that the server's certificate must have in its subjectAltName; */
-                      /* NULL: the name in host, or the IP of peer. Copied. */
+                      /* NULL: the name in host, or the IP of peer */
     struct ssl_session_st
         *session;          /* from dtls_conn_session(), to resume; NULL: full handshake. Stays yours. One that */
-                           /* cannot be resumed, with this name, leads to a full handshake. */
+                           /* cannot be resumed, with this name, leads to a full handshake */
     void *user;            /* for dtls_conn_user() */
     int64_t round_trip_us; /* what dtls_info had of an earlier connection to there; 0: not known */
 } dtls_target;
