@@ -2,10 +2,12 @@
 """Foreign peers: other DTLS libraries, each as client and as server, against the program. harness.py says how it runs.
 
 OpenSSL's s_client and s_server (what e2e.py has of them is not repeated here), GnuTLS's gnutls-cli and gnutls-serv,
-socat, and small programs for wolfSSL and Mbed TLS, which are compiled from tests/peers/ when their headers are there. A
-peer that is not installed is skipped. Debian has them in gnutls-bin, socat, libwolfssl-dev and libmbedtls-dev.
+socat, libcoap's coap-client and coap-server, and small programs for wolfSSL and Mbed TLS, which are compiled from
+tests/peers/ when their headers are there. A peer that is not installed is skipped. Debian has them in gnutls-bin, socat,
+libcoap3-bin, libwolfssl-dev and libmbedtls-dev.
 """
 
+import collections
 import os
 import pathlib
 import re
@@ -19,7 +21,7 @@ import threading
 sys.dont_write_bytecode = True  # no __pycache__ in the tree
 
 from harness import (Authority, BIN, CC, CERTS, FOLDERS, Identity, MESSAGE_MAX, OPENSSL, PROMPT, Proc, ROOT, Skip, Term,
-                     check, equal, free_port, main, split_addr, test)  # noqa: E402
+                     can_bind, check, equal, free_port, main, split_addr, test, wait_until)  # noqa: E402
 
 LOSS = 0.1
 LOSS_SEEDS = 3, 4, 5
@@ -56,9 +58,10 @@ class Foreign(Proc):
 
 
 class Peer:
-    """How one foreign implementation is run and what it says. Below, `certs` is a folder like CERTS."""
+    """How one foreign implementation is run and what it says. Below, `certs` is a folder like CERTS, or a Key."""
 
     name = None
+    certs = CERTS  # where a test does not say
     connected = None  # what its client says once it is connected and has verified us
     closed = None  # and when we closed
     ready = None  # what its server says once it can be connected to
@@ -81,13 +84,13 @@ class Peer:
     def server_argv(self, port, certs):
         raise NotImplementedError
 
-    def client(self, t, where, *more, certs=CERTS):
+    def client(self, t, where, *more, certs=None):
         host, port = split_addr(getattr(where, "addr", where))
-        return Foreign(t, f"{self.name} client", [*self.client_argv(host, port, certs), *more])
+        return Foreign(t, f"{self.name} client", [*self.client_argv(host, port, certs or self.certs), *more])
 
-    def server(self, t, *more, certs=CERTS):
+    def server(self, t, *more, certs=None):
         port = free_port()
-        server = Foreign(t, f"{self.name} server", [*self.server_argv(port, certs), *more])
+        server = Foreign(t, f"{self.name} server", [*self.server_argv(port, certs or self.certs), *more])
         server.addr = f"127.0.0.1:{port}"
         server.says(self.ready)
         return server
@@ -157,7 +160,7 @@ class GnuTLS(Installed):
         return [command, "--udp", "--x509cafile", f"{certs}/ca.pem", "--port", str(port),
                 "--x509certfile", f"{certs}/{who}.pem", "--x509keyfile", f"{certs}/{who}.key"]
 
-    def client(self, t, where, *more, certs=CERTS):
+    def client(self, t, where, *more, certs=None):
         return super().client(t, where, *more, *(() if self.small[0] in more else self.large), certs=certs)
 
     def client_argv(self, host, port, certs):
@@ -286,6 +289,179 @@ class MbedTLS(Compiled):
 S_CLIENT = S_SERVER = OpenSSL()
 GNUTLS, SOCAT, WOLFSSL, MBEDTLS = GnuTLS(), Socat(), WolfSSL(), MbedTLS()
 EVERY = S_CLIENT, GNUTLS, SOCAT, WOLFSSL, MBEDTLS
+
+
+# ---- the peers with pre-shared keys ----------------------------------------------------------------------------------
+
+
+class Key(collections.namedtuple("Key", "identity text")):
+    """libcoap takes keys as texts. The others, and we, have them in hex."""
+
+    @property
+    def hex(self):
+        return self.text.encode().hex()
+
+    def __str__(self):
+        return f"{self.identity}:{self.hex}"
+
+
+KEY = Key("sensor-1", "0123456789abcdef0123456789abcdef")
+WRONG_KEY = KEY._replace(text=KEY.text[::-1])
+UNKNOWN_IDENTITY = KEY._replace(identity="sensor-2")
+DEADLINE_WAIT = 45.0  # seconds for what a handshake's deadline of 30 s ends
+BEST = "ECDHE-PSK-CHACHA20-POLY1305"
+CCM8 = "PSK-AES128-CCM8"
+
+
+class Psk:
+    """Mixed into a peer. Suites are those of ours that it has, by our names, each with the arguments that choose it."""
+
+    certs = KEY
+    client_suites = server_suites = ((BEST, ()),)
+    resume_of_server = True  # whether it does
+    one_identity = True  # for its server, other identities are unknown
+
+    def talk(self, client, server, port):
+        """A message from its client and one to it. `server` is ours."""
+        client.ask("ping", "pong")
+        client.ask("stats", f"127.0.0.1:{port} {KEY.identity}, ")
+
+    def talk_of_server(self, client, server):
+        """The same with our client."""
+        client.ask("hello", "hello")
+
+    def resuming(self, t, server):
+        """Its client, connected for a second time."""
+        client = self.client(t, server, *self.resume)
+        client.says(self.connected, nth=2)
+        return client
+
+
+class PskOpenSSL(Psk, OpenSSL):
+    """s_server warns of another identity and goes on, so the key decides. Without -listen it serves one client after the
+    other."""
+
+    one_identity = False
+    connected = "PSK identity: "
+    client_suites = server_suites = tuple((suite, ("-cipher", suite)) for suite in (
+        BEST, "PSK-AES256-GCM-SHA384", "PSK-AES128-GCM-SHA256", "PSK-CHACHA20-POLY1305")) + (
+            (CCM8, ("-cipher", f"{CCM8}:@SECLEVEL=0")),)
+
+    def argv(self, mode, key):
+        return [OPENSSL, mode, "-dtls1_2", "-psk", key.hex, "-psk_identity", key.identity]
+
+    def client_argv(self, host, port, key):
+        return [*self.argv("s_client", key), "-connect", f"{host}:{port}"]
+
+    def server_argv(self, port, key):
+        return [*self.argv("s_server", key), "-nocert", "-accept", f"127.0.0.1:{port}"]
+
+    def talk_of_server(self, client, server):
+        client.send("hello")
+        server.shows("hello")
+        server.send("answer")
+        client.out.wait_line("answer")
+
+    def resuming(self, t, server):
+        session = t.path("session.pem")
+        client = self.client(t, server, "-sess_out", session)
+        client.says(self.connected)
+        client.ask("ping", "pong")
+        client.close_stdin()
+        client.reap(PROMPT)
+        return self.client(t, server, "-sess_in", session)
+
+
+class PskGnuTLS(Psk, GnuTLS):
+    """gnutls-cli 3.7 crashes when it has connected with ECDHE_PSK: it prints the group. The library does not; see libcoap."""
+
+    @staticmethod
+    def priority(kx, *ciphers):
+        return "--priority", ":".join(["NORMAL:-VERS-ALL:+VERS-DTLS1.2:-KX-ALL", kx, *(("-CIPHER-ALL", *ciphers) if ciphers
+                                                                                      else ())])
+
+    client_suites = (("PSK-AES256-GCM-SHA384", priority("+PSK", "+AES-256-GCM")),
+                     ("PSK-AES128-GCM-SHA256", priority("+PSK", "+AES-128-GCM")),
+                     ("PSK-CHACHA20-POLY1305", priority("+PSK", "+CHACHA20-POLY1305")),
+                     (CCM8, priority("+PSK", "+AES-128-CCM-8")))
+    server_suites = (BEST, priority("+ECDHE-PSK")), *client_suites
+    resume = *GnuTLS.resume, *priority("+PSK")
+
+    def client_argv(self, host, port, key):
+        return ["gnutls-cli", "--udp", "--pskusername", key.identity, "--pskkey", key.hex, "--port", str(port), host]
+
+    def server(self, t, *more, certs=None):
+        key = certs or self.certs
+        path = t.path("keys")
+        pathlib.Path(path).write_text(f"{key}\n")
+        return super().server(t, "--pskpasswd", path, *(more or self.priority("+ECDHE-PSK")), certs=key)
+
+    def server_argv(self, port, key):
+        return ["stdbuf", "-oL", "gnutls-serv", "--udp", "--port", str(port), *self.large, "--echo"]
+
+
+class PskCompiled(Psk):
+    connected = "connected: "
+
+    def client_argv(self, host, port, key):
+        return [*super().client_argv(host, port, "no-certs"), f"psk={key}"]
+
+    def server_argv(self, port, key):
+        return [*super().server_argv(port, "no-certs"), f"psk={key}"]
+
+
+class PskWolfSSL(PskCompiled, WolfSSL):
+    """As Debian builds it, it has no other suites of ours."""
+
+    client_suites = server_suites = tuple((suite, (f"suite={suite}",)) for suite in (BEST, "PSK-CHACHA20-POLY1305"))
+
+
+class PskMbedTLS(PskCompiled, MbedTLS):
+    client_suites = server_suites = tuple((ours, (f"suite={theirs}",)) for ours, theirs in (
+        (BEST, "TLS-ECDHE-PSK-WITH-CHACHA20-POLY1305-SHA256"), ("PSK-AES256-GCM-SHA384", "TLS-PSK-WITH-AES-256-GCM-SHA384"),
+        ("PSK-AES128-GCM-SHA256", "TLS-PSK-WITH-AES-128-GCM-SHA256"),
+        ("PSK-CHACHA20-POLY1305", "TLS-PSK-WITH-CHACHA20-POLY1305-SHA256"), (CCM8, "TLS-PSK-WITH-AES-128-CCM-8")))
+
+
+class PskLibCoAP(Psk, Installed):
+    """Its client asks once, and takes no answer of ours for CoAP; its server answers a request by the index. It
+    lets nobody choose the suite. Its server has one key for every identity, and its DTLS port is the one behind that of -p.
+    """
+
+    one_identity = False
+    connected = "session connected"
+    noticed = "session 0x[0-9a-f]+: closed"
+
+    def __init__(self, library):
+        self.name = f"libcoap {library}"
+        self.commands = f"coap-client-{library}", f"coap-server-{library}"
+        self.resume_of_server = library == "openssl"
+
+    def client_argv(self, host, port, key):
+        return [self.commands[0], "-v", "7", "-B", "5", "-u", key.identity, "-k", key.text, f"coaps://{host}:{port}/x"]
+
+    def server_argv(self, port, key):
+        return [self.commands[1], "-v", "7", "-A", "127.0.0.1", "-p", str(port - 1), "-k", key.text]
+
+    def server(self, t, *more, certs=None):
+        port = free_port()
+        while not can_bind("127.0.0.1", port - 1):
+            port = free_port()
+        server = Foreign(t, f"{self.name} server", [*self.server_argv(port, certs or self.certs), *more])
+        server.addr = f"127.0.0.1:{port}"
+        wait_until(lambda: not server.running() or not can_bind("127.0.0.1", port), f"{self.name} server")
+        check(server.running(), f"{self.name} server does not run")
+        return server
+
+    def talk(self, client, server, port):
+        client.says("discard malformed PDU")
+
+    def talk_of_server(self, client, server):
+        client.send(b"\x40\x01\x12\x34")  # confirmable, GET, and a number of 16 bits (RFC 7252 section 3)
+        client.out.wait("^`E\x124", partial=True)  # acknowledged, 2.05, with that number
+
+
+PSK_EVERY = PskOpenSSL(), PskGnuTLS(), PskWolfSSL(), PskMbedTLS(), PskLibCoAP("openssl"), PskLibCoAP("gnutls")
 
 
 def with_each(*peers, slow=False):
@@ -617,6 +793,149 @@ def client_with_cbc_only_is_refused(t, peer):
     client = peer.client(t, server, "suite=TLS-ECDHE-ECDSA-WITH-AES-128-CBC-SHA256")
     server.err.wait("handshake failed: protocol error: no shared cipher")
     client.says(peer.refused)
+
+
+# ---- tests: pre-shared keys ------------------------------------------------------------------------------------------
+
+
+def psk_server_of_ours(t, *options, certs=None):
+    """Without certificates where no folder is named."""
+    return t.server("--psk", KEY, *options, certs=certs or t.tmp)
+
+
+def psk_client_of_ours(t, server, *options, key=KEY, **more):
+    return our_client(t, server, "--psk", key, *options, certs=t.tmp, **more)
+
+
+def is_named(seen, suite, kind="full handshake"):
+    equal((seen["name"], seen["cipher"], seen["kind"]), (KEY.identity, suite, kind), "identity, suite and handshake in our log")
+
+
+@with_each(*PSK_EVERY)
+def psk_client(t, peer):
+    """With each of the suites that both have: our log and our stats have the identity, messages go both ways."""
+    server = psk_server_of_ours(t, "--psk-ccm8")
+    other = psk_client_of_ours(t, server)
+    server.connected()
+    for nth, (suite, chosen) in enumerate(peer.client_suites, 2):
+        client = peer.client(t, server, *chosen)
+        client.says(peer.connected)
+        seen = server.connected(nth)
+        is_named(seen, suite)
+        other.send("stats")
+        other.out.wait(f"^{seen['addr']} {KEY.identity}, ")
+        peer.talk(client, server, split_addr(seen["addr"])[1])
+        client.close_stdin()
+        server.err.wait_line(f"{seen['addr']} closed: closed by the peer")
+
+
+@with_each(*PSK_EVERY)
+def psk_server(t, peer):
+    """The same from the other side."""
+    for suite, chosen in peer.server_suites:
+        server = peer.server(t, *chosen)
+        client = psk_client_of_ours(t, server, "--psk-ccm8")
+        equal(client.connected()["cipher"], suite, "suite in our log")
+        peer.talk_of_server(client, server)
+        client.ends()
+        server.says(peer.noticed)
+
+
+# libcoap's client has no resumption.
+@with_each(*PSK_EVERY[:4])
+def psk_client_resumes(t, peer):
+    server = psk_server_of_ours(t)
+    client = peer.resuming(t, server)
+    seen = server.connected(nth=2)
+    is_named(seen, seen["cipher"], "resumed session")
+    peer.talk(client, server, split_addr(seen["addr"])[1])
+
+
+@with_each(*PSK_EVERY)
+def psk_server_resumes(t, peer):
+    """libcoap with GnuTLS keeps no sessions: then it is a full handshake again."""
+    server = peer.server(t)
+    for kind in ("full handshake", "resumed session" if peer.resume_of_server else "full handshake"):
+        client = psk_client_of_ours(t, server, "--session", t.path("session"))
+        equal(client.connected()["kind"], kind, "handshake in our log")
+        peer.talk_of_server(client, server)
+        client.ends()
+
+
+@with_each(*PSK_EVERY)
+def psk_client_beside_certificates(t, peer):
+    server = psk_server_of_ours(t, certs=CERTS)
+    t.ping(server)
+    equal(server.connected()["name"], "client", "certificate name in our log")
+    suite, chosen = peer.client_suites[0]
+    peer.client(t, server, *chosen).says(peer.connected)
+    is_named(server.connected(nth=2), suite)
+
+
+@with_each(PSK_EVERY[0], PSK_EVERY[1], PSK_EVERY[3])
+def psk_client_with_ccm8_only_is_refused(t, peer):
+    """By a server that was not told to take it."""
+    server = psk_server_of_ours(t)
+    peer.client(t, server, *dict(peer.client_suites)[CCM8])
+    server.err.wait("handshake failed: protocol error: no shared cipher")
+    equal(server.err.count("connected:"), 0, "connections")
+
+
+def installed(peers):
+    """Those of them; a test of several need not be skipped for one."""
+    for peer in peers:
+        try:
+            peer.need()
+            yield peer
+        except Skip:
+            pass
+
+
+def answers(relay):
+    """What came back, without numbers: the kinds of the records and of the messages in them, repetitions left out. What
+    is encrypted tells its length only."""
+    shapes = []
+    for one in [one for one in relay.log if not one.to_server]:
+        at = 0
+        while at + RECORD_HEADER <= len(one.data):
+            size = int.from_bytes(one.data[at + 11:at + RECORD_HEADER], "big")
+            plain = one.data[at + 3:at + 5] == b"\0\0" and one.data[at] == 22
+            shapes.append((one.data[at], one.data[at + RECORD_HEADER] if plain else None, size))
+            at += RECORD_HEADER + size
+    return sorted(set(shapes))
+
+
+@test(slow=True)
+def psk_clients_with_a_wrong_key_or_identity(t):
+    """Of every peer at once, since our server waits for its deadline: it answers both in the same way."""
+    server = psk_server_of_ours(t)
+    relays, clients = [], []
+    for peer in installed(PSK_EVERY):
+        suite, chosen = peer.client_suites[0]
+        for key in (WRONG_KEY, UNKNOWN_IDENTITY):
+            relay = t.relay(server.addr)
+            clients.append((peer, peer.client(t, relay, *chosen, certs=key)))
+            relays.append(relay)
+    server.err.wait("handshake failed: ", nth=len(clients), timeout=DEADLINE_WAIT)
+    equal(server.err.count("connected:"), 0, "connections")
+    for (peer, client), wrong, unknown in zip(clients[::2], relays[::2], relays[1::2]):
+        check(answers(wrong), f"{peer.name}: no answer")
+        equal(answers(unknown), answers(wrong), f"answers to an unknown identity and to a wrong key, {peer.name}")
+    for peer, client in clients:
+        equal(client.out.count(peer.connected), 0, f"connections of {client.title}")
+
+
+@test(slow=True)
+def psk_servers_with_another_key_or_identity(t):
+    """Our client does not connect."""
+    clients = []
+    for peer in installed(PSK_EVERY):
+        for key in (WRONG_KEY, UNKNOWN_IDENTITY):
+            if key is WRONG_KEY or peer.one_identity:
+                clients.append(psk_client_of_ours(t, peer.server(t), key=key, stdin=b"ping\n"))
+    for client in clients:
+        client.exits(1, timeout=2 * DEADLINE_WAIT)
+        equal((client.out.text, client.err.count("connected:")), ("", 0), f"stdout and connections of {client.title}")
 
 
 # ---- tests: RSA ------------------------------------------------------------------------------------------------------

@@ -65,6 +65,14 @@ static bool load_certificates(const struct options *options)
     return result == 0 || failed("certificates", result);
 }
 
+/* A server refuses every other identity. */
+static bool load_psk(const struct options *options)
+{
+    int result = mbedtls_ssl_conf_psk(&config, options->key, options->key_len, (const unsigned char *)options->identity,
+                                      strlen(options->identity));
+    return result == 0 || failed("pre-shared key", result);
+}
+
 static bool choose_suite(const char *name)
 {
     static int suites[2]; /* ends with 0 */
@@ -98,7 +106,7 @@ static bool library_start(const struct options *options)
     mbedtls_ssl_conf_dtls_cookies(&config, mbedtls_ssl_cookie_write, mbedtls_ssl_cookie_check, &cookies);
     mbedtls_ssl_conf_session_cache(&config, &cache, mbedtls_ssl_cache_get, mbedtls_ssl_cache_set);
     mbedtls_ssl_conf_read_timeout(&config, READ_TIMEOUT_MS);
-    return load_certificates(options) && choose_suite(options->suite);
+    return (options->identity[0] ? load_psk(options) : load_certificates(options)) && choose_suite(options->suite);
 }
 
 static void say_connected(void)

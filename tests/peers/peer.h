@@ -1,11 +1,11 @@
 /* What the foreign peers have in common: arguments, sockets, and the loop around a session of their library. Each
  * includes this and defines the functions that are declared below.
  *
- *   PROGRAM client HOST PORT CERTS_DIR [resume] [mtu=BYTES] [suite=NAME]
- *   PROGRAM server HOST PORT CERTS_DIR [mtu=BYTES] [suite=NAME]
+ *   PROGRAM client HOST PORT CERTS_DIR [resume] [mtu=BYTES] [suite=NAME] [psk=IDENTITY:HEX]
+ *   PROGRAM server HOST PORT CERTS_DIR [mtu=BYTES] [suite=NAME] [psk=IDENTITY:HEX]
  *
  * HOST is an IPv4 address. CERTS_DIR has ca.pem, client.pem and client.key, server.pem and server.key; both sides
- * verify each other. A client sends each line of its input as a message and prints each answer as a line; it leaves at
+ * verify each other. With psk they have that pre-shared key in place of certificates. A client sends each line of its input as a message and prints each answer as a line; it leaves at
  * the end of its input. With resume it connects, closes, and connects again with the session it got. A server serves
  * one client after the other: it answers "ping" by "pong", "bye" by closing, anything else by the same, or by "N bytes"
  * where the library sends no message of that size. Both print "connected: NAME, SUITE", and "closed by the peer" or
@@ -24,6 +24,8 @@
 enum {
     MESSAGE_MAX = 16384,
     PATH_BYTES = 512,
+    IDENTITY_BYTES = 128,
+    KEY_BYTES = 64,
     RECORD_HEADER = 13, /* RFC 6347 section 4.1; behind it stands a handshake message's type */
     HEADERS = RECORD_HEADER + 12,
     TYPE_HANDSHAKE = 22,
@@ -38,6 +40,9 @@ struct options {
     const char *certs; /* the folder */
     const char *suite; /* the only one to take, by the library's name; NULL: the library's choice */
     int mtu;           /* bytes in a datagram of the handshake; 0: the library's choice */
+    char identity[IDENTITY_BYTES]; /* of the pre-shared key; "": certificates are used */
+    unsigned char key[KEY_BYTES];
+    size_t key_len;
 };
 
 /* The library's part. Every failure has been printed when these return. */
@@ -185,6 +190,20 @@ static int run_client(const struct sockaddr_in *addr, const struct options *opti
     return status;
 }
 
+static bool read_psk(const char *text, struct options *options)
+{
+    const char *colon = strrchr(text, ':');
+    size_t len = colon ? (size_t)(colon - text) : 0;
+    if (len == 0 || len >= IDENTITY_BYTES)
+        return false;
+    memcpy(options->identity, text, len);
+    for (const char *hex = colon + 1; *hex; hex += 2) {
+        if (options->key_len == KEY_BYTES || sscanf(hex, "%2hhx", &options->key[options->key_len++]) != 1 || !hex[1])
+            return false;
+    }
+    return options->key_len > 0;
+}
+
 static bool read_options(int argc, char **argv, struct options *options, struct sockaddr_in *addr)
 {
     if (argc < 5 || inet_pton(AF_INET, argv[2], &addr->sin_addr) != 1)
@@ -200,7 +219,7 @@ static bool read_options(int argc, char **argv, struct options *options, struct 
             options->mtu = atoi(argv[i] + 4);
         else if (strncmp(argv[i], "suite=", 6) == 0)
             options->suite = argv[i] + 6;
-        else
+        else if (strncmp(argv[i], "psk=", 4) != 0 || !read_psk(argv[i] + 4, options))
             return false;
     }
     return options->server || strcmp(argv[1], "client") == 0;
@@ -208,10 +227,11 @@ static bool read_options(int argc, char **argv, struct options *options, struct 
 
 int main(int argc, char **argv)
 {
-    struct options options = {0};
+    static struct options options; /* wolfSSL's callbacks look at it */
     struct sockaddr_in addr = {0};
     if (!read_options(argc, argv, &options, &addr)) {
-        fprintf(stderr, "usage: %s client|server HOST PORT CERTS_DIR [resume] [mtu=BYTES] [suite=NAME]\n", argv[0]);
+        fprintf(stderr, "usage: %s client|server HOST PORT CERTS_DIR [resume] [mtu=BYTES] [suite=NAME] [psk=IDENTITY:HEX]\n",
+                argv[0]);
         return 2;
     }
     if (!library_start(&options))

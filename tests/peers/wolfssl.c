@@ -11,6 +11,7 @@ static const char SERVER_NAME[] = "localhost";
 static WOLFSSL_CTX *ctx;
 static WOLFSSL *ssl;
 static WOLFSSL_SESSION *session; /* a client's to resume */
+static const struct options *psk; /* has a pre-shared key; NULL: certificates are used */
 
 static bool failed(const char *what, int result)
 {
@@ -19,25 +20,65 @@ static bool failed(const char *what, int result)
     return false;
 }
 
-static bool library_start(const struct options *options)
+static unsigned copy_key(unsigned char *key, unsigned size)
+{
+    if (psk->key_len > size)
+        return 0;
+    memcpy(key, psk->key, psk->key_len);
+    return (unsigned)psk->key_len;
+}
+
+static unsigned psk_of_client(WOLFSSL *of, const char *hint, char *identity, unsigned identity_size, unsigned char *key,
+                              unsigned size)
+{
+    (void)of, (void)hint;
+    snprintf(identity, identity_size, "%s", psk->identity);
+    return copy_key(key, size);
+}
+
+static unsigned psk_of_server(WOLFSSL *of, const char *identity, unsigned char *key, unsigned size)
+{
+    (void)of;
+    return strcmp(identity, psk->identity) == 0 ? copy_key(key, size) : 0;
+}
+
+/* With ECDHE_PSK a client of 5.5 offers X25519 and then fails, "Bad ECC Peer Key", when the server takes it. */
+static bool load_psk(const struct options *options)
+{
+    psk = options;
+    wolfSSL_CTX_UseSupportedCurve(ctx, WOLFSSL_ECC_SECP256R1);
+    if (options->server)
+        wolfSSL_CTX_set_psk_server_callback(ctx, psk_of_server);
+    else
+        wolfSSL_CTX_set_psk_client_callback(ctx, psk_of_client);
+    return true;
+}
+
+static bool load_certificates(const struct options *options)
 {
     char path[PATH_BYTES];
     const char *cert = options->server ? "server.pem" : "client.pem";
     const char *key = options->server ? "server.key" : "client.key";
+    return wolfSSL_CTX_load_verify_locations(ctx, certs_path(options, "ca.pem", path), NULL) == WOLFSSL_SUCCESS &&
+           wolfSSL_CTX_use_certificate_chain_file(ctx, certs_path(options, cert, path)) == WOLFSSL_SUCCESS &&
+           wolfSSL_CTX_use_PrivateKey_file(ctx, certs_path(options, key, path), WOLFSSL_FILETYPE_PEM) == WOLFSSL_SUCCESS;
+}
+
+static bool library_start(const struct options *options)
+{
     if (options->mtu) { /* wolfSSL_dtls_set_mtu is an option of its build, which Debian does not take */
         say("failed: no mtu here");
         return false;
     }
     wolfSSL_Init();
     ctx = wolfSSL_CTX_new(options->server ? wolfDTLSv1_2_server_method() : wolfDTLSv1_2_client_method());
-    if (!ctx || wolfSSL_CTX_load_verify_locations(ctx, certs_path(options, "ca.pem", path), NULL) != WOLFSSL_SUCCESS ||
-        wolfSSL_CTX_use_certificate_chain_file(ctx, certs_path(options, cert, path)) != WOLFSSL_SUCCESS ||
-        wolfSSL_CTX_use_PrivateKey_file(ctx, certs_path(options, key, path), WOLFSSL_FILETYPE_PEM) != WOLFSSL_SUCCESS ||
+    if (!ctx || !(options->identity[0] ? load_psk(options) : load_certificates(options)) ||
         (options->suite && wolfSSL_CTX_set_cipher_list(ctx, options->suite) != WOLFSSL_SUCCESS)) {
         say("failed: certificates or suite");
         return false;
     }
-    wolfSSL_CTX_set_verify(ctx, WOLFSSL_VERIFY_PEER | WOLFSSL_VERIFY_FAIL_IF_NO_PEER_CERT, NULL);
+    if (!psk)
+        wolfSSL_CTX_set_verify(ctx, WOLFSSL_VERIFY_PEER | WOLFSSL_VERIFY_FAIL_IF_NO_PEER_CERT, NULL);
     return true;
 }
 
@@ -60,7 +101,7 @@ static void session_free(void)
 static bool handshake(int fd, bool server)
 {
     wolfSSL_set_dtls_fd_connected(ssl, fd);
-    if (!server)
+    if (!server && !psk)
         wolfSSL_check_domain_name(ssl, SERVER_NAME);
     if (session)
         wolfSSL_set_session(ssl, session);
