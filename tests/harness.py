@@ -327,9 +327,9 @@ class Proc:
 class Server(Proc):
     """The program as a server; self.addrs are its addresses, self.addr the first of them."""
 
-    def __init__(self, case, options, addrs, certs, program=BIN):
+    def __init__(self, case, options, addrs, certs, program=BIN, env=None):
         super().__init__(case, case.title("server"), [program, "server", "--certs", certs, *options, *addrs],
-                         stdin=subprocess.DEVNULL)
+                         stdin=subprocess.DEVNULL, env=environment(case, **(env or {})))
         self.addrs, self.addr = addrs, addrs[0]
 
     def connected(self, nth=1, timeout=WAIT):
@@ -339,8 +339,9 @@ class Server(Proc):
 class Client(Proc):
     """The program as a client that is not on a terminal."""
 
-    def __init__(self, case, addr, options, stdin, certs):
-        super().__init__(case, case.title("client"), [BIN, "client", "--certs", certs, *options, addr], stdin=stdin)
+    def __init__(self, case, addr, options, stdin, certs, env=None):
+        super().__init__(case, case.title("client"), [BIN, "client", "--certs", certs, *options, addr], stdin=stdin,
+                         env=environment(case, **(env or {})))
 
     def connected(self, nth=1, timeout=WAIT):
         return self.err.wait(CONNECTED, nth, timeout)
@@ -364,6 +365,15 @@ class Foreign(Proc):
 
     def __init__(self, case, title, *argv, stdin=subprocess.PIPE):
         super().__init__(case, case.title(title), [OPENSSL, title, "-dtls1_2", *argv], stdin=stdin)
+
+
+class Tool(Proc):
+    """Any other program."""
+
+    ours = False
+
+    def __init__(self, case, *argv):
+        super().__init__(case, case.title(os.path.basename(argv[0])), argv, stdin=subprocess.DEVNULL)
 
 
 class Term(Proc):
@@ -763,6 +773,15 @@ class Authority:
                 "-keyfile", self.key, "-in", f"{base}.csr", "-out", base.with_suffix(".pem"), *dates)
         return Identity(str(base.with_suffix(".pem")), str(key or made))
 
+    def revoke(self, *identities, seconds=9 * 86400, name="crl.pem"):
+        """Its revocation list, anew: with these identities and those of before, and good for so long."""
+        config, ca, out = self.folder / "crl.cnf", ["-cert", self.pem, "-keyfile", self.key], self.folder / name
+        config.write_text(f"[ca]\ndefault_ca=a\n[a]\ndatabase={self.folder}/index.txt\ndefault_md=sha256\n")
+        for identity in identities:
+            openssl("ca", "-config", config, *ca, "-revoke", identity.pem)
+        openssl("ca", "-config", config, *ca, "-gencrl", "-crlsec", seconds, "-out", out)
+        return str(out)
+
     def expired(self, name, **more):
         return self.issue(name, start="20200101000000Z", end="20210101000000Z", **more)
 
@@ -798,12 +817,13 @@ class Case:
     def dtls(self, *argv, stdin=subprocess.DEVNULL):
         return Proc(self, self.title("dtls"), [BIN, *argv], stdin=stdin)
 
-    def server(self, *options, at=("127.0.0.1",), port=None, listening=None, certs=None, program=BIN):
-        """Listens on each host in `at`, all with one port, and is ready on return."""
+    def server(self, *options, at=("127.0.0.1",), port=None, listening=None, certs=None, program=BIN, env=None):
+        """Listens on each host in `at`, all with one port, and is ready on return. env: more in its environment; never
+        in ours, which the servers of other tests would get, too."""
         for attempt in range(5):
             addrs = [f"{host}:{port or free_port()}" for host in at[:1]]
             addrs += [f"{host}:{split_addr(addrs[0])[1]}" for host in at[1:]]
-            server = Server(self, options, addrs, certs or CERTS, program)
+            server = Server(self, options, addrs, certs or CERTS, program, env)
             try:
                 server.err.wait("^listening on ", listening or len(at))
                 return server
@@ -813,12 +833,12 @@ class Case:
                 self.procs.remove(server)
                 server.destroy()
 
-    def client(self, where, *options, stdin=subprocess.PIPE, certs=None):
-        return Client(self, getattr(where, "addr", where), options, stdin, certs or CERTS)
+    def client(self, where, *options, stdin=subprocess.PIPE, certs=None, env=None):
+        return Client(self, getattr(where, "addr", where), options, stdin, certs or CERTS, env)
 
-    def ping(self, where, *options, certs=None):
+    def ping(self, where, *options, certs=None, env=None):
         """A whole client: connects, asks, gets its answer, ends."""
-        client = self.client(where, *options, stdin=b"ping\n", certs=certs).exits(0)
+        client = self.client(where, *options, stdin=b"ping\n", certs=certs, env=env).exits(0)
         equal(client.out.text, "pong\n", "stdout of a client that sent ping")
         return client
 
