@@ -2,6 +2,7 @@
 """Who is whom, through the program: pre-shared keys, who may come in, certificates that are optional, revoked, several or
 renewed, keys from elsewhere, what testers look at. harness.py says how it runs."""
 
+import calendar
 import os
 import pathlib
 import re
@@ -15,8 +16,8 @@ import time
 
 sys.dont_write_bytecode = True  # no __pycache__ in the tree
 
-from harness import (CERTS, OPENSSL, PROMPT, Skip, check, equal, main, openssl, split_addr, test,
-                     wait_until)  # noqa: E402
+from harness import (CERTS, OPENSSL, PROMPT, Skip, Tool, check, client_identity, equal, free_port, main, openssl, split_addr,
+                     test, wait_until)  # noqa: E402
 
 KEY = "00112233445566778899aabbccddeeff"
 OTHER = "ff" * 32
@@ -71,6 +72,18 @@ def keys_from_the_command_line_and_a_file(t):
     client.send("stats")
     client.out.wait(r"^127\.0\.0\.1:\d+ first, ")
     client.ends()
+
+
+@test
+def small_devices(t):
+    """The suite with short tags, which OpenSSL's own client offers only when it must."""
+    for options, said in (((), "handshake failed: protocol error: no shared cipher$"),
+                          (("--psk-ccm8",), " connected: a, PSK-AES128-CCM8, full handshake$")):
+        server = t.server("--psk", f"a:{KEY}", *options)
+        t.s_client(server, "-psk_identity", "a", "-psk", KEY, "-cipher", "PSK-AES128-CCM8:@SECLEVEL=0")
+        server.err.wait(said)
+        t.ping(server, "--psk", f"a:{KEY}", *options)  # who knows better suites uses them
+        server.err.wait(" connected: a, ECDHE-PSK-CHACHA20-POLY1305, ")
 
 
 @test
@@ -136,6 +149,26 @@ def allow_and_deny(t):
 
 
 @test
+def nobody_has_no_name(t):
+    folder = folder_without_client(t)
+    server = t.server("--optional-cert", "--allow", "client")
+    is_refused(t, server, "--no-cert", certs=folder)
+    server.err.wait(r'refused: "" is not allowed \(--allow\)$')
+    t.ping(server)
+    t.ping(t.server("--optional-cert", "--deny", "client"), "--no-cert", certs=folder)
+
+
+@test
+def names_are_whole_and_exact(t):
+    ours = t.authority()
+    server = t.server("--allow", "alice", "--allow", "alice.example")
+    for n, (cn, names) in enumerate((("alice.example.evil", "DNS:alice.example.evil"), ("Alice", "URI:urn:alice"),
+                                     ("alic", "DNS:lice"), ("alice\\\\", "email:alice@example"))):
+        is_refused(t, server, *ours.issue(f"n{n}", cn=cn, names=names).options)
+        server.err.wait(r"refused: .* is not allowed \(--allow\)$", n + 1)
+
+
+@test
 def a_client_chooses_its_server(t):
     server = t.server()
     t.ping(server, "--allow", "server")
@@ -152,6 +185,7 @@ def refused_also_with_a_session(t):
     again = t.ping(server, "--session", session)
     again.err.wait("resumed session$")
     equal(stat.S_IMODE(os.stat(session).st_mode), 0o600, "mode of the session's file")
+    is_refused(t, server, "--session", session, "--deny", "server", why=r'refused: "server" is denied \(--deny\)$')
     server.stop()
     server = t.server("--deny", "client", port=port)
     is_refused(t, server, "--session", session)
@@ -184,45 +218,114 @@ def insecure_tells_what_is_wrong(t):
     client.err.wait("not verified: .*(issuer|first certificate)")
     os.mkdir(t.path("empty"))
     t.ping(server, "--insecure", certs=t.path("empty"))
+    ours = t.authority()
+    for identity, why in ((ours.issue("elsewhere", usage="serverAuth", names="DNS:elsewhere.example"), "IP address mismatch"),
+                          (ours.issue("revoked", usage="serverAuth"), "certificate revoked")):
+        crl = ("--crl", ours.revoke(identity)) if "revoked" in why else ()
+        server = t.server(*identity.options)
+        is_refused(t, server, *crl, why=f"certificate refused: {why}")
+        t.ping(server, *crl, "--insecure").err.wait(f" not verified: {why}$")
+
+
+@test
+def an_insecure_session_is_no_proof(t):
+    stranger = t.other_authority().issue("server", usage="serverAuth")
+    server = t.server(*stranger.options, "--no-client-cert")
+    session = t.path("session")
+    for options in ((), ("--show-cert",)):
+        t.ping(server, "--insecure", "--session", session, *options).err.wait(" not verified: .*")
+        t.ping(server, "--insecure", "--session", session).err.wait("resumed session$")
+        client = is_refused(t, server, "--session", session, why="certificate refused: unable to verify")
+        equal(client.out.text, "", "what a server says that is not verified")
+        os.unlink(session)
 
 
 @test
 def system_authorities(t):
     server = t.server("--no-client-cert")
-    os.environ["SSL_CERT_FILE"] = f"{CERTS}/ca.pem"
-    try:
-        t.ping(server, "--ca", "system", "--no-cert")
-    finally:
-        del os.environ["SSL_CERT_FILE"]
+    t.ping(server, "--ca", "system", "--no-cert", env={"SSL_CERT_FILE": f"{CERTS}/ca.pem"})
     is_refused(t, server, "--ca", "system", "--no-cert", why="certificate refused: ")
-
-
-def revocation_list(authority, *revoked, days="9", name="crl.pem"):
-    """What the CA revokes; authority.issue() wrote the configuration and the database."""
-    config = next(path for path in authority.folder.glob("*.cnf") if "default_ca" in path.read_text())
-    for identity in revoked:
-        openssl("ca", "-config", config, "-cert", authority.pem, "-keyfile", authority.key, "-revoke", identity.pem)
-    out = authority.folder / name
-    openssl("ca", "-config", config, "-cert", authority.pem, "-keyfile", authority.key, "-gencrl", *days.split(), "-out", out)
-    return str(out)
 
 
 @test
 def revoked_certificates(t):
     ours = t.authority()
     alice, bob = ours.issue("alice"), ours.issue("bob")
-    crl = revocation_list(ours, bob, days="-crldays 9")
+    crl = ours.revoke(bob)
     server = t.server("--crl", crl)
     t.ping(server, *alice.options)
     is_refused(t, server, *bob.options, why="refused by the peer: certificate revoked")
     server.err.wait("certificate refused: certificate revoked")
-    theirs = t.other_authority()
-    theirs.issue("anybody")
-    server = t.server("--crl", revocation_list(theirs, days="-crldays 9"))
+    server = t.server("--crl", t.other_authority().revoke())
     is_refused(t, server, *alice.options, why="refused by the peer: ")
     server.err.wait("certificate refused: unable to get certificate CRL")
     one_line(t.dtls("server", "--certs", CERTS, "--crl", t.path("none"), "127.0.0.1:1"), 1, "none: No such file")
     one_line(t.dtls("server", "--certs", CERTS, "--crl", alice.pem, "127.0.0.1:1"), 1, "no revocation list in PEM form")
+
+
+@test
+def revocation_lists_that_are_too_old(t):
+    ours = t.authority()
+    alice = ours.issue("alice")
+    crl = ours.revoke(seconds=1)
+
+    def ended():
+        shown = openssl("crl", "-in", crl, "-noout", "-nextupdate").strip().partition("=")[2]
+        return time.time() > calendar.timegm(time.strptime(shown, "%b %d %H:%M:%S %Y GMT")) + 1
+
+    wait_until(ended, "end of the list")
+    server = t.server("--crl", crl)
+    is_refused(t, server, *alice.options, why="refused by the peer: ")
+    server.err.wait("certificate refused: CRL has expired$")
+    ours.revoke()
+    server.send_signal(signal.SIGHUP)
+    server.err.wait("^reloaded$")
+    t.ping(server, *alice.options)
+
+
+@test
+def revoked_servers(t):
+    ours = t.authority()
+    good, bad = (ours.issue(name, usage="serverAuth") for name in ("good", "bad"))
+    crl = ours.revoke(bad)
+    t.ping(t.server(*good.options), "--crl", crl).err.wait(" connected: good, ")
+    is_refused(t, t.server(*bad.options), "--crl", crl, why="certificate refused: certificate revoked$")
+
+
+@test
+def reload_of_what_is_no_good(t):
+    """Each of these must leave all as it was, with one line that names the file."""
+    ours = t.authority()
+    old, new = (ours.issue(name, usage="serverAuth", cn=name) for name in ("old", "new"))
+    expired = ours.expired("expired", usage="serverAuth")
+    pem, key, ca, crl = (pathlib.Path(t.path(name)) for name in ("now.pem", "now.key", "now-ca.pem", "now-crl.pem"))
+    good = {pem: old.pem, key: old.key, ca: f"{CERTS}/ca.pem", crl: ours.revoke()}
+    for to, path in good.items():
+        shutil.copy(path, to)
+    server = t.server("--cert", pem, "--key", key, "--ca", ca, "--crl", crl, "--also", f"{pem},{key}")
+    before = t.client(server)
+    before.err.wait(" connected: old, ")
+    for nth, (path, content, said) in enumerate((
+            (pem, b"", "now.pem: empty"), (pem, b"x" * 1000000, "now.pem: no certificate in PEM form"),
+            (pem, None, "now.pem: No such file"), (pem, expired.pem, "now.pem: the certificate expired on "),
+            (pem, new.pem, r"now\.key: the key does not match .*now\.pem"), (key, b"", "now.key: empty"),
+            (key, None, "now.key: No such file"), (ca, b"", "now-ca.pem: empty"), (ca, None, "now-ca.pem: No such file"),
+            (ca, new.key, "now-ca.pem: no CA certificate in PEM form"), (crl, None, "now-crl.pem: No such file"),
+            (crl, new.pem, "now-crl.pem: no revocation list in PEM form")), 1):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content if isinstance(content, bytes) else pathlib.Path(content).read_bytes())
+        server.send_signal(signal.SIGHUP)
+        server.err.wait("^not reloaded: ", nth)
+        check(re.search(f"^not reloaded: .*{said}.*$", server.err.lines()[-1]), f"{said!r} is not in {server.err.lines()[-1]!r}")
+        shutil.copy(good[path], path)
+    t.ping(server).err.wait(" connected: old, ")
+    before.ask("ping", "pong")
+    equal(server.err.count("^not reloaded: "), 12, "lines that tell of a failed reload")
+    equal(server.err.count("^reloaded$"), 0, "reloads")
+    server.send_signal(signal.SIGHUP)
+    server.err.wait("^reloaded$")
+    before.ends()
 
 
 @test
@@ -264,16 +367,36 @@ def reload_without_a_gap(t):
 def recheck_closes_the_revoked(t):
     ours = t.authority()
     alice, bob = ours.issue("alice"), ours.issue("bob")
-    crl = revocation_list(ours, days="-crldays 9")
+    crl = ours.revoke()
     server = t.server("--crl", crl, "--recheck")
     clients = [t.client(server, *who.options) for who in (alice, bob)]
     for client in clients:
         client.connected()
-    revocation_list(ours, bob, days="-crldays 9")
+    ours.revoke(bob)
     server.send_signal(signal.SIGHUP)
     server.err.wait("closed: no longer trusted: certificate revoked$")
     clients[1].exits(1)
     clients[0].ask("ping", "pong")
+
+
+@test
+def recheck_closes_who_lost_a_key(t):
+    keys = psk_file(t, f"a:{KEY}", f"b:{OTHER}")
+    for options in ((), ("--recheck",)):
+        psk_file(t, f"a:{KEY}", f"b:{OTHER}")
+        server = t.server("--psk-file", keys, *options)
+        a, b = t.client(server, "--psk", f"a:{KEY}"), t.client(server, "--psk", f"b:{OTHER}")
+        a.connected()
+        b.connected()
+        psk_file(t, f"b:{OTHER}")
+        server.send_signal(signal.SIGHUP)
+        server.err.wait("^reloaded$")
+        if options:
+            server.err.wait(" closed: no longer trusted: its pre-shared key is no longer known$")
+            a.exits(1)
+        else:
+            a.ask("ping", "pong")
+        b.ask("ping", "pong")
 
 
 @test
@@ -300,6 +423,13 @@ def application_protocols(t):
     t.ping(server, "--alpn", "echo")
     t.ping(server)
     is_refused(t, server, "--alpn", "mqtt", why="refused by the peer: no application protocol")
+    for offered, chosen in (("echo,coap", "coap"), ("mqtt,echo", "echo")):  # the server's order counts
+        foreign = t.s_client(server, "-alpn", offered, identity=client_identity())
+        foreign.out.wait(f"^ALPN protocol: {chosen}$")
+    for names, said in ((",", "1 to 255 bytes"), ("coap,", "1 to 255 bytes"), ("x" * 256, "1 to 255 bytes"),
+                        ("ab," * 2000, "at most")):
+        for mode in ("server", "client"):
+            one_line(t.dtls(mode, "--certs", CERTS, "--alpn", names, "127.0.0.1:1"), 1, "alpn", said)
 
 
 # ---- keys from elsewhere ---------------------------------------------------------------------------------------------
@@ -312,8 +442,21 @@ def keys_with_a_password(t):
     word.write_text("open sesame\n")
     t.ping(t.server("--cert", f"{CERTS}/server.pem", "--key", key, "--key-password", str(word)))
     word.write_text("wrong\n")
-    for options, said in ((["--key-password", str(word)], "another password"), ([], "'openssl pkey' removes it"),
-                          (["--key-password", t.path("none")], "another password")):
+    word.write_text("open sesame\r\nand what stands below does not count")
+    t.ping(t.server("--cert", f"{CERTS}/server.pem", "--key", key, "--key-password", str(word)))
+    server = t.server("--also", f"{CERTS}/server.pem,{key}", "--key-password", str(word))
+    server.send_signal(signal.SIGHUP)
+    server.err.wait("^reloaded$")
+    word.write_text("wrong\n")
+    server.send_signal(signal.SIGHUP)
+    server.err.wait("^not reloaded: .*locked.key: .*another password$")
+    t.ping(server)
+    for text in ("", "\n", " open sesame\n", "x" * 100000):
+        word.write_text(text)
+        run = t.dtls("server", "--certs", CERTS, "--cert", f"{CERTS}/server.pem", "--key", key, "--key-password", str(word),
+                     "127.0.0.1:1")
+        one_line(run, 1, "locked.key", "another password")
+    for options, said in ((["--key-password", str(word)], "another password"), ([], "'openssl pkey' removes it")):
         run = t.dtls("server", "--certs", CERTS, "--cert", f"{CERTS}/server.pem", "--key", key, *options, "127.0.0.1:1")
         one_line(run, 1, "locked.key", said)
 
@@ -324,6 +467,14 @@ def keys_from_a_store(t):
     if version.startswith("OpenSSL 1"):
         raise Skip("OpenSSL 1.1.1 has no store that reads keys")
     t.ping(t.server("--cert", f"{CERTS}/server.pem", "--key", f"file:{os.path.abspath(CERTS)}/server.key"))
+    key, word = t.path("locked.key"), pathlib.Path(t.path("word"))
+    openssl("pkcs8", "-topk8", "-in", f"{CERTS}/server.key", "-out", key, "-passout", "pass:open sesame")
+    word.write_text("open sesame\n")
+    locked = ["--cert", f"{CERTS}/server.pem", "--key", f"file:{key}"]
+    t.ping(t.server(*locked, "--key-password", str(word)))
+    one_line(t.dtls("server", "--certs", CERTS, *locked, "127.0.0.1:1"), 1, "locked.key")
+    one_line(t.dtls("server", "--certs", CERTS, "--cert", f"{CERTS}/server.pem", "--key",
+                    f"file:{os.path.abspath(CERTS)}/client.key", "127.0.0.1:1"), 1, "client.key", "does not match", "server.pem")
     for uri in ("pkcs11:object=none", f"file:{os.path.abspath(CERTS)}/none.key"):
         run = t.dtls("server", "--certs", CERTS, "--cert", f"{CERTS}/server.pem", "--key", uri, "127.0.0.1:1")
         one_line(run, 1, uri[:20], "openssl storeutl")
@@ -355,27 +506,75 @@ def secrets_are_logged(t):
 
 
 @test
+def both_sides_log_the_same_secret(t):
+    logs = [pathlib.Path(t.path(name)) for name in ("server-keys", "client-keys")]
+    server = t.server("--keylog", str(logs[0]))
+    relay = t.relay(server)
+    t.ping(relay, "--keylog", str(logs[1]))
+    server.err.wait(" closed: ")
+    equal(logs[0].read_text(), logs[1].read_text(), "what server and client log")
+    hello = relay.handshake(to_server=True)[0].data  # record, message, version, then the random
+    equal(logs[0].read_text().split()[1], hello[27:59].hex(), "the random that is logged")
+    foreign = t.path("foreign-keys")
+    t.s_client(server, "-keylogfile", foreign, identity=client_identity())
+    server.connected(2)
+    wait_until(lambda: os.path.exists(foreign) and "CLIENT_RANDOM" in pathlib.Path(foreign).read_text(), "its secrets")
+    line = [line for line in pathlib.Path(foreign).read_text().splitlines() if line.startswith("CLIENT_RANDOM")][0]
+    check(line in logs[0].read_text().splitlines(), "OpenSSL logs another secret")
+
+
+@test
 def wireshark_decrypts(t):
     if not shutil.which("tshark") or os.geteuid() != 0:
         raise Skip("no tshark, or not root")
     log, capture = t.path("keys"), t.path("capture.pcap")
     server = t.server()
-    port = split_addr(server.addr)[1]
-    sniffer = subprocess.Popen(["tshark", "-q", "-i", "lo", "-f", f"udp port {port}", "-w", capture, "-F", "pcap"],
-                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    try:
-        wait_until(lambda: b"Capturing on" in sniffer.stderr.readline(), "tshark captures")
-        time.sleep(0.5)  # it says so a little early
+    port, marks = split_addr(server.addr)[1], free_port()
+    sniffer = Tool(t, shutil.which("tshark"), "-l", "-P", "-i", "lo", "-f", f"udp port {port} or udp port {marks}", "-w", capture,
+                   "-F", "pcap", "-n")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+
+        def mark(size):  # what was sent before it is captured when it is
+            sock.sendto(bytes(size), ("127.0.0.1", marks))
+            return sniffer.out.count(f"UDP {size + 42} ")
+
+        wait_until(lambda: mark(700), "capture")
         client = t.client(server, "--keylog", log)
         client.ask("echo a secret in the capture", "a secret in the capture")
         client.ends()
-        time.sleep(0.5)
-    finally:
-        sniffer.send_signal(signal.SIGINT)
-        sniffer.wait(20)
-    shown = subprocess.run(["tshark", "-r", capture, "-o", f"tls.keylog_file:{log}", "-d", f"udp.port=={port},dtls",
-                            "-x"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60).stdout.decode()
+        wait_until(lambda: mark(900), "end of the capture")
+    sniffer.send_signal(signal.SIGINT)
+    sniffer.reap(20)
+    raw = pathlib.Path(capture).read_bytes()
+    check(b"a secret in the capture" not in raw, "it was sent in the clear")
+    shown = subprocess.run(["tshark", "-r", capture, "-o", f"tls.keylog_file:{log}", "-d", f"udp.port=={port},dtls", "-x"],
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60, check=True).stdout.decode()
     check("Decrypted DTLS" in shown, "tshark decrypts nothing")
+    check(b"a secret in the capture".hex() in "".join(re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} ){1,16})", shown, re.M))
+          .replace(" ", ""), "the message is not in what tshark decrypts")
+
+
+@test
+def sessions_are_kept(t):
+    server = t.server("--psk", f"a:{KEY}")
+    session = pathlib.Path(t.path("session"))
+    for options in ((), ("--psk", f"a:{KEY}")):
+        t.ping(server, *options, "--session", str(session)).err.wait("full handshake$")
+        t.ping(server, *options, "--session", str(session)).err.wait("resumed session$")
+        check(b"BEGIN SSL SESSION" in session.read_bytes(), "no session in the file")
+        session.unlink()
+    old = session.with_name("old")
+    t.ping(server, "--session", str(old))
+    server.send_signal(signal.SIGHUP)
+    server.err.wait("^reloaded$")
+    t.ping(server, "--session", str(old)).err.wait("full handshake$")  # the server knows it no more
+    t.ping(server, "--session", str(old)).err.wait("resumed session$")
+    t.ping(server, "--psk", f"a:{KEY}", "--session", str(old)).err.wait("full handshake$")  # a client with other means
+    t.ping(server, "--session", str(old)).err.wait("full handshake$")
+    t.ping(server, "--session", str(old), "--name", "localhost").err.wait("(full handshake|resumed session)$")
+    is_refused(t, server, "--session", str(old), "--name", "none.example", why="none.example was wanted")
+    client = t.ping(server, "--session", t.path("none/session"))
+    client.err.wait("^dtls: .*none/session: the session cannot be written")
 
 
 @test
@@ -384,27 +583,59 @@ def certificates_that_expire(t):
     soon = t.authority().issue("soon", usage="serverAuth", end=end)
     server = t.server(*soon.options)
     server.err.wait(r"soon\.pem: a certificate in it expires in 3 days$")
-    check("expires" not in t.server().err.text, "one that lasts is told of")
+    t.ping(server)  # it is only told
+    fresh = t.server("--also", ",".join(soon))
+    fresh.err.wait(r"soon\.pem: a certificate in it expires in 3 days$")
+    equal(fresh.err.count("expires in"), 1, "lines about certificates that expire")
+    for nth in (2, 3):
+        fresh.send_signal(signal.SIGHUP)
+        fresh.err.wait("expires in 3 days$", nth)
+    lasting = t.server()
+    t.ping(lasting)
+    check("expires" not in lasting.err.text, "one that lasts is told of")
 
 
 @test
 def what_systemd_hears(t):
-    path = t.path("notify")
-    hears = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    hears.bind(path)
-    hears.settimeout(PROMPT)
-    os.environ["NOTIFY_SOCKET"] = path
-    try:
-        server = t.server()
-    finally:
-        del os.environ["NOTIFY_SOCKET"]
-    equal(hears.recv(200), b"READY=1", "what it says first")
-    server.send_signal(signal.SIGHUP)
-    check(re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=\d+", hears.recv(200)), "no RELOADING=1")
-    equal(hears.recv(200), b"READY=1", "what it says when it has reloaded")
-    server.stop()
-    equal(hears.recv(200), b"STOPPING=1", "what it says last")
-    hears.close()
+    keys = psk_file(t, f"a:{KEY}")
+    for address in (t.path("notify"), "@" + t.path("notify")):  # a file, and an abstract one
+        if address.startswith("@") and sys.platform != "linux":
+            continue
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as hears:
+            hears.bind("\0" + address[1:] if address.startswith("@") else address)
+            hears.settimeout(PROMPT)
+            server = t.server("--psk-file", keys, env={"NOTIFY_SOCKET": address})
+            equal(hears.recv(200), b"READY=1", "what it says first")
+            for mode in (0o600, 0o644, 0o600):  # whether it can reload or not, it is ready again
+                os.chmod(keys, mode)
+                before = time.clock_gettime(time.CLOCK_MONOTONIC)
+                server.send_signal(signal.SIGHUP)
+                said = re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=(\d+)", hears.recv(200))
+                check(said, "no RELOADING=1")
+                check(before <= int(said[1]) / 1e6 + 1e-5 <= time.clock_gettime(time.CLOCK_MONOTONIC) + 1e-5, "another clock")
+                equal(hears.recv(200), b"READY=1", "what it says when it has reloaded")
+            server.stop()
+            equal(hears.recv(200), b"STOPPING=1", "what it says last")
+    server = t.server(env={"NOTIFY_SOCKET": t.path("nobody")})  # nobody listens there: no reason to stop
+    t.ping(server)
+    server.err.wait("nobody: ")
+
+
+@test
+def show_what_is_wrong(t):
+    ours = t.authority()
+    odd = ours.issue("odd", usage="serverAuth", cn="odd\x1b[31m", names="DNS:odd.example,URI:urn:x\x1b]0;x")
+    server = t.server(*odd.options)
+    client = t.ping(server, "--show-cert", "--name", "odd.example")
+    client.err.wait_line("good")
+    check("\x1b" not in client.err.text, "a certificate writes to the terminal")
+    is_refused(t, server, "--show-cert", why="^refused: IP address mismatch, certificate 0$")
+    t.ping(server, "--show-cert", "--insecure").err.wait("^refused: IP address mismatch, certificate 0$")
+    t.ping(t.server("--show-cert")).err.wait(" connected: ")
+    server = t.server("--show-cert")
+    is_refused(t, server, *t.other_authority().issue("stranger").options, why="refused by the peer: unknown CA")
+    server.err.wait("^  subject    CN=stranger$")
+    server.err.wait("^refused: .*, certificate 0$")
 
 
 if __name__ == "__main__":
