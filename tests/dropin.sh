@@ -274,6 +274,7 @@ test_pages() {
     test_library client_uv libuv uv.h "$libuv"
     test_library client_ev libev ev.h "$libev"
     c_page one_loop.c && test_alone one_loop "$(printf '%s\n' 'echo: hello' 'upper: HELLO')"
+    c_page keys.c && test_alone keys 'sensor-1: hello'
     c_page two_loops.c -pthread && test_alone two_loops "$(printf '%s\n' 'answered: hello' 'answered: hello')"
     test_cplusplus
     [ -z "$echo_addr" ] || end_echo_server

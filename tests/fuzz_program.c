@@ -106,13 +106,42 @@ static void keys(const unsigned char *p, size_t n)
     }
 }
 
+/* Pre-shared keys, one a line: what is taken is what was written, in hexadecimal, and found again. */
+static void shared_keys(const char *data, size_t len)
+{
+    struct keys k = {0};
+    for (size_t n; len > 0; data += n, len -= n) {
+        const char *end = memchr(data, '\n', len);
+        size_t line = end ? (size_t)(end - data) : len, before = k.len;
+        dtls_error err = {0};
+        n = line + (end != NULL);
+        if (keys_add(&k, data, line, "here", &err) < 0) {
+            if (k.len != before || !err.text[0])
+                BROKEN("a key that was refused, or no reason");
+            continue;
+        }
+        const struct key *key = &k.list[k.len - 1];
+        size_t identity = strlen(key->identity);
+        if (identity == 0 || key->len < 1 || key->len > DTLS_PSK_MAX || keys_find(&k, key->identity) != key)
+            BROKEN("a key that cannot be");
+        for (size_t i = 0; i < key->len; i++) {
+            char hex[3];
+            snprintf(hex, sizeof hex, "%02x", key->bytes[i]);
+            if (tolower(data[line - 2 * key->len + 2 * i]) != hex[0] ||
+                tolower(data[line - 2 * key->len + 2 * i + 1]) != hex[1])
+                BROKEN("byte %zu of a key is not what was written", i);
+        }
+    }
+    keys_free(&k);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 {
     if (len == 0)
         return 0;
     char *copy = malloc(len - 1); /* of just that size, for the sanitizer to see what reads behind it */
     memcpy(copy, data + 1, len - 1);
-    switch (data[0] % 4) {
+    switch (data[0] >= 0xf0 ? 4 : data[0] % 4) {
     case 0:
         command_text(copy, len - 1);
         break;
@@ -121,6 +150,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
         break;
     case 2:
         greeting(copy, len - 1);
+        break;
+    case 4:
+        shared_keys(copy, len - 1);
         break;
     default:
         keys((unsigned char *)copy, len - 1);
