@@ -6937,7 +6937,8 @@ static bool key_parse(struct key *k, const char *text, size_t n)
     while (colon > 0 && text[colon - 1] != ':')
         colon--;
     size_t digits = n - colon;
-    if (colon < 2 || colon > sizeof k->identity || digits < 2 || digits % 2 || digits / 2 > sizeof k->bytes)
+    if (colon < 2 || colon > sizeof k->identity || digits < 2 || digits % 2 || digits / 2 > sizeof k->bytes ||
+        memchr(text, 0, colon))
         return false;
     memset(k, 0, sizeof *k);
     memcpy(k->identity, text, colon - 1);
