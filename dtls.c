@@ -2517,6 +2517,7 @@ struct association {
     size_t overhead, message_max;       /* of the suite's records, and what one may carry, once it is open */
     struct key_use keys;
     struct identity *identity; /* whom the handshake found, until it opens, and */
+    const SSL_CTX *made_with;  /* the trust of its SSL */
     bool refused;              /* that peer; why: */
     char *refusal;
     bool buffers;    /* libssl's record buffers are there, and */
@@ -3346,6 +3347,7 @@ static struct association *assoc_new(dtls_endpoint *ep)
         return NULL;
     }
     a->ssl = assoc_ssl_new(a);
+    a->made_with = ep->trust.ctx;
     if (a->ssl)
         return a;
     assoc_destroy(&a->object);
@@ -4254,22 +4256,28 @@ static bool hs_may_offer(const struct association *a, const SSL *ssl, SSL_SESSIO
                  : SSL_CIPHER_get_auth_nid(suite) == NID_auth_psk);
 }
 
+static void hs_forget_session(struct dial *d)
+{
+    SSL_SESSION_free(d->session);
+    d->session = NULL;
+}
+
 /* libssl ties a session to the context of its making; ours is random, and another process has another. For a client that
  * protects nothing: who saved the session says that it may be used. */
-static bool hs_offer(SSL *ssl, SSL_SESSION *session)
+static bool hs_offer(const struct association *a, SSL *ssl, SSL_SESSION *session)
 {
     unsigned len;
     const uint8_t *context = SSL_SESSION_get0_id_context(session, &len);
     SSL_SESSION *copy = SSL_SESSION_dup(session); /* libssl marks it as spoilt if this handshake fails */
     bool good = copy && SSL_set_session_id_context(ssl, context, len) == 1 && SSL_set_session(ssl, copy) == 1;
     SSL_SESSION_free(copy);
+    /* Of an insecure client's run: in a full handshake this one may find nothing wrong. */
+    if (good && a->ep->cfg.auth != DTLS_AUTH_INSECURE && SSL_get_verify_mode(ssl) != SSL_VERIFY_NONE &&
+        SSL_get_verify_result(ssl) != X509_V_OK) {
+        hs_forget_session(a->conn->dial);
+        good = SSL_set_session(ssl, NULL) == 1;
+    }
     return good;
-}
-
-static void hs_forget_session(struct dial *d)
-{
-    SSL_SESSION_free(d->session);
-    d->session = NULL;
 }
 
 /* An insecure client takes any certificate, and remembers what it would have refused. Not logged from in here. */
@@ -4292,7 +4300,7 @@ static bool hs_be_client(const struct association *a)
         SSL_set_verify(a->ssl, SSL_VERIFY_PEER, auth == DTLS_AUTH_INSECURE ? hs_look_away : NULL);
     if (d->session && !hs_may_offer(a, a->ssl, d->session))
         hs_forget_session(d);
-    return name_expect(a, a->ssl) && (!d->session || hs_offer(a->ssl, d->session));
+    return name_expect(a, a->ssl) && (!d->session || hs_offer(a, a->ssl, d->session));
 }
 
 /* A client tries once more, and remembers why. If nobody answers then, that is what there is to tell. A server whose
@@ -4380,20 +4388,53 @@ static bool hs_is_too_many(const struct association *a, char text[REASON_BYTES])
     return true;
 }
 
+/* Whether the present trust would take the peer of an association that another one took. */
+static bool hs_still_trusts(const struct association *a, char reason[REASON_BYTES])
+{
+    dtls_endpoint *ep = a->ep;
+    bool server = a->conn->server;
+    SSL_CTX *ctx = ep->trust.ctx;
+    int mode = SSL_CTX_get_verify_mode(ctx);
+    X509 *cert = SSL_get1_peer_certificate(a->ssl);
+    X509_STORE_CTX *store = cert ? X509_STORE_CTX_new() : NULL;
+    const char *psk = cert ? NULL : SSL_get_psk_identity(a->ssl);
+    bool asked = mode != SSL_VERIFY_NONE || (!server && ep->cfg.auth == DTLS_AUTH_SERVER);
+    bool good = !asked || (!server && ep->cfg.auth == DTLS_AUTH_INSECURE);
+    snprintf(reason, REASON_BYTES, "no memory to verify it");
+    if (!cert) {
+        snprintf(reason, REASON_BYTES, psk ? "its pre-shared key is no longer known" : "it has no certificate");
+        good = !server || (psk ? psk_is_known(ep, psk) : !(mode & SSL_VERIFY_FAIL_IF_NO_PEER_CERT));
+    } else if (store && !good &&
+               X509_STORE_CTX_init(store, SSL_CTX_get_cert_store(ctx), cert, SSL_get_peer_cert_chain(a->ssl)) == 1 &&
+               X509_STORE_CTX_set_default(store, server ? "ssl_client" : "ssl_server") == 1 &&
+               X509_VERIFY_PARAM_set1(X509_STORE_CTX_get0_param(store), SSL_CTX_get0_param(ctx)) == 1) {
+        good = X509_verify_cert(store) == 1;
+        snprintf(reason, REASON_BYTES, "%s", X509_verify_cert_error_string(X509_STORE_CTX_get_error(store)));
+    }
+    X509_STORE_CTX_free(store);
+    X509_free(cert);
+    errors_clear();
+    return good;
+}
+
 /* Whether anything is wrong with the peer, though libssl is content: a->refusal says what. */
 static bool hs_refuses(struct association *a)
 {
-    char text[REASON_BYTES], reason[REASON_BYTES / 2] = "";
+    char text[REASON_BYTES], reason[REASON_BYTES] = "";
     X509 *cert = SSL_get1_peer_certificate(a->ssl);
     bool bad = SSL_session_reused(a->ssl) == 1 && hs_refuses_session(a, cert, text);
     if (!bad && !a->ep->cfg.allow_no_ems && SSL_get_extms_support(a->ssl) != 1) {
         snprintf(text, REASON_BYTES, "refused: no extended master secret (RFC 7627)");
         bad = true;
     }
+    if (!bad && a->made_with != a->ep->trust.ctx && !hs_still_trusts(a, reason)) { /* reloaded meanwhile */
+        snprintf(text, REASON_BYTES, "certificate refused: %.200s", reason);
+        bad = true;
+    }
     bad = bad || !hs_identify(a, cert, text) || hs_is_too_many(a, text);
     if (!bad && !traffic_welcomes(a, a->identity, reason, sizeof reason)) {
         session_forget(a->ep, a->ssl);
-        snprintf(text, REASON_BYTES, "refused: %s", reason);
+        snprintf(text, REASON_BYTES, "refused: %.200s", reason);
         bad = true;
     }
     if (bad)
@@ -4425,8 +4466,11 @@ static int hs_advance(struct association *a)
     errors_clear();
     flight_begin(&a->wire, &flight, a->handshake->resends > 0);
     int r = SSL_do_handshake(a->ssl);
-    if (r == 1 && hs_refuses(a) && a->conn->server)
+    bool refused = r == 1 && hs_refuses(a);
+    if (refused && a->conn->server)
         hs_deny(a);
+    else if (refused && SSL_session_reused(a->ssl))
+        flight.len = 0; /* with our Finished the server would take this one for the connection */
     flight_end(&a->wire);
     return r == 1 ? SSL_ERROR_NONE : SSL_get_error(a->ssl, r);
 }
@@ -4620,6 +4664,8 @@ static void hs_drive(struct association *a)
     if (due)
         hs_fall_back(a);
     int e = hs_advance(a);
+    if (!a->phase) /* a hook of on_ssl_ctx ended it */
+        return;
     if (e != SSL_ERROR_NONE && e != SSL_ERROR_WANT_READ && e != SSL_ERROR_WANT_WRITE) {
         hs_failed(a, e);
         return;
@@ -5722,7 +5768,7 @@ static int ctx_server_name(SSL *ssl, int *alert, void *user)
         return SSL_TLSEXT_ERR_OK;
     for (size_t i = 0; i < ep->trust.named_len; i++) {
         cert = SSL_CTX_get0_certificate(ep->trust.named[i]);
-        if (X509_check_host(cert, name, 0, NAME_FLAGS, NULL) == 1)
+        if (cert && X509_check_host(cert, name, 0, NAME_FLAGS, NULL) == 1)
             return SSL_set_SSL_CTX(ssl, ep->trust.named[i]) ? SSL_TLSEXT_ERR_OK : SSL_TLSEXT_ERR_ALERT_FATAL;
     }
     *alert = SSL_AD_UNRECOGNIZED_NAME;
@@ -6107,11 +6153,11 @@ static int ep_listen_everywhere(dtls_endpoint *ep, dtls_addr *a, dtls_error *err
 }
 
 /* Every peer would refuse a certificate whose extendedKeyUsage says otherwise. */
-static int ep_check_purpose(const dtls_endpoint *ep, int purpose, dtls_error *err)
+static int ep_check_purpose(SSL_CTX *ctx, const dtls_config *cfg, int purpose, dtls_error *err)
 {
-    X509 *cert = SSL_CTX_get0_certificate(ep->trust.ctx);
+    X509 *cert = SSL_CTX_get0_certificate(ctx);
     bool server = purpose == X509_PURPOSE_SSL_SERVER;
-    if (cert ? X509_check_purpose(cert, purpose, 0) == 1 : !server || ep->cfg.psk)
+    if (cert ? X509_check_purpose(cert, purpose, 0) == 1 : !server || cfg->psk)
         return 0;
     if (!cert)
         return fail(err, DTLS_ERR_CERT, "a server needs a certificate and its private key, or pre-shared keys");
@@ -6124,7 +6170,7 @@ int dtls_endpoint_listen(dtls_endpoint *ep, dtls_addr *a, dtls_error *err)
     int r = 0;
     if (ep->closed)
         return fail(err, DTLS_ERR_STATE, "the endpoint was freed");
-    if (ep_check_purpose(ep, X509_PURPOSE_SSL_SERVER, err) < 0)
+    if (ep_check_purpose(ep->trust.ctx, &ep->cfg, X509_PURPOSE_SSL_SERVER, err) < 0)
         return DTLS_ERR_CERT;
     if (ep->cfg.send) {
         ep->listening = true;
@@ -6237,7 +6283,7 @@ static int ep_check_target(dtls_endpoint *ep, const dtls_target *t, dtls_addr *p
     dtls_addr_format(peer, text, sizeof text);
     if (!ep->cfg.send && !q->host[0] && ((peer->family != 4 && peer->family != 6) || peer->port == 0))
         return fail(err, DTLS_ERR_ARG, "%s: no address to connect to", text);
-    if (ep_check_purpose(ep, X509_PURPOSE_SSL_CLIENT, err) < 0)
+    if (ep_check_purpose(ep->trust.ctx, &ep->cfg, X509_PURPOSE_SSL_CLIENT, err) < 0)
         return DTLS_ERR_CERT;
     if (ep->counters.conns >= (size_t)ep->cfg.max_conns)
         return fail(err, DTLS_ERR_LIMIT, "%s: %d connections are open already", q->host[0] ? q->host : text,
@@ -6473,29 +6519,6 @@ static bool ep_make_tables(dtls_endpoint *ep)
     return true;
 }
 
-/* Whether the present trust would take the peer of an open connection. */
-static bool ep_still_trusts(dtls_endpoint *ep, const struct association *a, char reason[REASON_BYTES])
-{
-    X509 *cert = SSL_get1_peer_certificate(a->ssl);
-    X509_STORE_CTX *store = cert ? X509_STORE_CTX_new() : NULL;
-    bool good = !cert || ep->cfg.auth == DTLS_AUTH_INSECURE;
-    if (store && !good &&
-        X509_STORE_CTX_init(store, SSL_CTX_get_cert_store(ep->trust.ctx), cert, SSL_get_peer_cert_chain(a->ssl)) == 1 &&
-        X509_STORE_CTX_set_default(store, a->conn->server ? "ssl_client" : "ssl_server") == 1) {
-        good = X509_verify_cert(store) == 1;
-        snprintf(reason, REASON_BYTES, "%s", X509_verify_cert_error_string(X509_STORE_CTX_get_error(store)));
-    }
-    X509_STORE_CTX_free(store);
-    X509_free(cert);
-    errors_clear();
-    const char *psk = cert ? NULL : SSL_get_psk_identity(a->ssl);
-    if (psk && a->conn->server && !psk_is_known(ep, psk)) {
-        snprintf(reason, REASON_BYTES, "its pre-shared key is no longer known");
-        good = false;
-    }
-    return good;
-}
-
 void dtls_endpoint_recheck(dtls_endpoint *ep)
 {
     char reason[REASON_BYTES];
@@ -6505,7 +6528,7 @@ void dtls_endpoint_recheck(dtls_endpoint *ep)
     for (dtls_conn *c = ep->first; c; c = c->next) {
         snprintf(reason, sizeof reason, "no memory to verify it");
         if (c->state == CONN_OPEN &&
-            (!ep_still_trusts(ep, c->open, reason) || !traffic_welcomes(c->open, c->identity, reason, sizeof reason)))
+            (!hs_still_trusts(c->open, reason) || !traffic_welcomes(c->open, c->identity, reason, sizeof reason)))
             conn_end(c, DTLS_CLOSE_VERIFY, "no longer trusted: %s", reason);
     }
     loop_leave(ep->loop);
@@ -6562,10 +6585,12 @@ int dtls_endpoint_reload(dtls_endpoint *ep, const dtls_config *from, dtls_error 
     loop_enter(ep->loop);
     errors_clear();
     int r = trust_build(ep, &cfg, &t, err);
+    if (r == 0 && ep->listening)
+        r = ep_check_purpose(t.ctx, &cfg, X509_PURPOSE_SSL_SERVER, err);
     errors_clear();
     if (r == 0) {
-        t.since = time(NULL);
-        trust_free(&ep->trust); /* handshakes under way hold what they need of it */
+        t.since = time(NULL) + 1; /* sessions know whole seconds only */
+        trust_free(&ep->trust);   /* handshakes under way hold what they need of it */
         ep->trust = t;
         ep->cfg = cfg;
         ep_forget_files(&ep->cfg);
@@ -8056,7 +8081,7 @@ static void lines_repeat(struct lines *l, bool ours)
 
 static bool lines_send_again(struct lines *l)
 {
-    for (; l->again; l->again = l->again->next)
+    for (; l->again; l->again = l->again ? l->again->next : NULL) /* the end of the connection forgets them all */
         if (l->sink.send(l->sink.user, l->again->text, l->again->len) == DTLS_ERR_AGAIN)
             return false;
     return true;

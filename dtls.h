@@ -189,7 +189,8 @@ void dtls_timer_free(dtls_timer *timer);                  /* NULL is fine */
  * DTLS_EV_RENEWED is a client's: another handshake is done, and the connection goes on with what that made, another local
  * port and other keys. What the peer had not answered by then may be lost, most of all if it was started again.
  * DTLS_EV_FAILED is a server's: a handshake came to nothing, as dtls_conn_info() and dtls_conn_reason() tell: to count, or
- * to ban an address. No other event was or will be raised for that conn. */
+ * to ban an address that does so often: somebody who saw a ClientHello with its cookie can do it in that address's name. No
+ * other event was or will be raised for that conn. */
 typedef enum dtls_event {
     DTLS_EV_CONNECTED, /* handshake done, peer verified; sending is possible from now on */
     DTLS_EV_MESSAGE,   /* data, len: one whole message, valid during the call */
@@ -256,7 +257,8 @@ typedef struct dtls_config {
     size_t (*psk)(void *user, const char *identity, uint8_t key[DTLS_PSK_MAX]);
     int psk_ccm8; /* 1: also TLS_PSK_WITH_AES_128_CCM_8, for constrained peers (RFC 7925) */
 
-    /* Who may come in: called when a peer has proved who it is, before DTLS_EV_CONNECTED, and before a session is resumed.
+    /* Who may come in: called when a peer has proved who it is, before DTLS_EV_CONNECTED, and already when it asks to resume a
+     * session, which anybody may repeat in its name.
      * Returns 0, or not 0 and the reason, which is logged: then the peer gets the alert access_denied, where the protocol
      * lets us tell it (a client in a full handshake), otherwise close_notify. NULL: all that are verified. */
     int (*on_peer)(void *user, const struct dtls_info *info, char *reason, size_t size);
@@ -459,7 +461,7 @@ int dtls_conn_renew(dtls_conn *conn);
 /* Sends close_notify once, raises DTLS_EV_CLOSED before it returns, and lets go; never waits. */
 void dtls_conn_close(dtls_conn *conn);
 
-/* Strings in info are valid until the connection is gone or renewed. */
+/* Strings in info are valid until the connection is gone or renewed, alpn until the endpoint reloads. */
 void dtls_conn_info(const dtls_conn *conn, dtls_info *info);
 
 dtls_reason dtls_conn_reason(const dtls_conn *conn);

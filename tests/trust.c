@@ -402,6 +402,105 @@ static void test_recheck(void)
     stop();
 }
 
+static int with_other_ca(struct side *s, dtls_config cfg)
+{
+    struct identity ours = ca;
+    ca = other_ca;
+    int r = dtls_endpoint_reload(s->ep, &cfg, NULL);
+    ca = ours;
+    return r;
+}
+
+static void until_handshake(void)
+{
+    dtls_counters n;
+    do {
+        turn();
+        dtls_endpoint_counters(server.ep, &n);
+    } while (!n.handshakes);
+}
+
+/* What is under way when a side reloads is held against what it trusts then. */
+static void test_reload_meanwhile(void)
+{
+    start((dtls_config){0}, (dtls_config){0});
+    connect_client(NULL);
+    until_handshake();
+    CHECK_EQ(with_other_ca(&server, (dtls_config){0}), 0, "a server trusts another CA");
+    pass_ms(2000);
+    CHECK_THAT(server.connected == 0 && strstr(server.reason_text, "certificate refused"),
+               "a handshake from before fails: %s", server.reason_text);
+    stop();
+
+    client.keys_only = 1;
+    start((dtls_config){.auth = DTLS_AUTH_OPTIONAL}, (dtls_config){.auth = DTLS_AUTH_INSECURE});
+    connect_client(NULL);
+    until_handshake();
+    CHECK_EQ(dtls_endpoint_reload(server.ep, &(dtls_config){0}, NULL), 0, "a server wants certificates now");
+    pass_ms(2000);
+    CHECK_EQ(server.connected, 0, "nobody without one gets in");
+    stop();
+
+    client.keys_only = 1;
+    start((dtls_config){.auth = DTLS_AUTH_OPTIONAL}, (dtls_config){.auth = DTLS_AUTH_INSECURE});
+    REQUIRE(connected(), "a client without a certificate");
+    dtls_endpoint_recheck(server.ep);
+    CHECK_EQ(server.closed, 0, "stays while that is optional");
+    CHECK_EQ(dtls_endpoint_reload(server.ep, &(dtls_config){0}, NULL), 0, "a server wants certificates now");
+    dtls_endpoint_recheck(server.ep);
+    CHECK_EQ(server.closed, 1, "and goes when it is not");
+    stop();
+
+    start((dtls_config){.auth = DTLS_AUTH_INSECURE}, (dtls_config){0});
+    REQUIRE(connected(), "a connection to a server of an insecure endpoint");
+    CHECK_EQ(with_other_ca(&server, (dtls_config){.auth = DTLS_AUTH_INSECURE}), 0, "that trusts another CA");
+    dtls_endpoint_recheck(server.ep);
+    CHECK_EQ(server.closed, 1, "as a server it is not insecure");
+    stop();
+
+    start((dtls_config){0}, (dtls_config){0});
+    REQUIRE(connected(), "a connection");
+    server.id = &client_id;
+    dtls_error err = {0};
+    CHECK_THAT(dtls_endpoint_reload(server.ep, &(dtls_config){0}, &err) == DTLS_ERR_CERT,
+               "a server takes no client's certificate: %s", err.text);
+    server.id = NULL;
+    stop();
+}
+
+/* A renewal that the client itself refuses must not take the place of the connection at the server. */
+static void test_refused_renewal(void)
+{
+    unwelcome[0] = 0;
+    start((dtls_config){0}, (dtls_config){.on_peer = look});
+    REQUIRE(connected(), "a connection");
+    strcpy(unwelcome, "server");
+    CHECK_EQ(dtls_conn_renew(client.conn), 0, "a renewal");
+    pass_ms(1000);
+    CHECK_EQ(client.renewed, 0, "is refused");
+    dtls_conn_send(client.conn, "still here", 10);
+    CHECK_THAT(wait_for(&server.messages, 1) && client.closed == 0, "the connection goes on");
+    unwelcome[0] = 0;
+    stop();
+}
+
+/* What an insecure run saved is no shortcut for a secure one. */
+static void test_insecure_session(void)
+{
+    server.id = &stranger;
+    start((dtls_config){.auth = DTLS_AUTH_SERVER}, (dtls_config){.auth = DTLS_AUTH_INSECURE});
+    REQUIRE(connected(), "an insecure connection");
+    SSL_SESSION *session = dtls_conn_session(client.conn);
+    dtls_conn_close(client.conn);
+    pass_ms(100);
+    CHECK_EQ(with_other_ca(&client, (dtls_config){0}), 0, "the client learns to trust that CA");
+    now_us += us_of(3000);
+    CHECK_THAT(connect_client(session) && wait_for(&client.connected, 2) && !client.resumed,
+               "and makes a full handshake: %s", client.reason_text);
+    SSL_SESSION_free(session);
+    stop();
+}
+
 /* ---- exported keys and logs ---- */
 
 static int lines_logged;
@@ -430,10 +529,20 @@ static void test_export(void)
 int main(int argc, char **argv)
 {
     static const struct test tests[] = {
-        {"keys", test_keys},       {"wrong keys", test_wrong_keys}, {"keys and certificates", test_side_by_side},
-        {"ccm8", test_ccm8},       {"bad keys", test_bad_keys},     {"on_peer", test_on_peer},
-        {"auth", test_auth},       {"insecure", test_insecure},     {"reload", test_reload},
-        {"recheck", test_recheck}, {"export", test_export},
+        {"keys", test_keys},
+        {"wrong keys", test_wrong_keys},
+        {"keys and certificates", test_side_by_side},
+        {"ccm8", test_ccm8},
+        {"bad keys", test_bad_keys},
+        {"on_peer", test_on_peer},
+        {"auth", test_auth},
+        {"insecure", test_insecure},
+        {"reload", test_reload},
+        {"recheck", test_recheck},
+        {"reload meanwhile", test_reload_meanwhile},
+        {"refused renewal", test_refused_renewal},
+        {"insecure session", test_insecure_session},
+        {"export", test_export},
     };
     virtual_chance();
     virtual_identities();
