@@ -4264,16 +4264,19 @@ static void hs_forget_session(struct dial *d)
 
 /* libssl ties a session to the context of its making; ours is random, and another process has another. For a client that
  * protects nothing: who saved the session says that it may be used. */
+static bool hs_still_trusts(const struct association *a, char reason[REASON_BYTES]);
+
 static bool hs_offer(const struct association *a, SSL *ssl, SSL_SESSION *session)
 {
     unsigned len;
+    char reason[REASON_BYTES];
     const uint8_t *context = SSL_SESSION_get0_id_context(session, &len);
     SSL_SESSION *copy = SSL_SESSION_dup(session); /* libssl marks it as spoilt if this handshake fails */
     bool good = copy && SSL_set_session_id_context(ssl, context, len) == 1 && SSL_set_session(ssl, copy) == 1;
     SSL_SESSION_free(copy);
-    /* Of an insecure client's run: in a full handshake this one may find nothing wrong. */
+    /* It may come from an insecure run, or from one that trusted others: in a full handshake all is looked at again. */
     if (good && a->ep->cfg.auth != DTLS_AUTH_INSECURE && SSL_get_verify_mode(ssl) != SSL_VERIFY_NONE &&
-        SSL_get_verify_result(ssl) != X509_V_OK) {
+        (SSL_get_verify_result(ssl) != X509_V_OK || !hs_still_trusts(a, reason))) {
         hs_forget_session(a->conn->dial);
         good = SSL_set_session(ssl, NULL) == 1;
     }
@@ -4758,22 +4761,29 @@ static int hs_try_start(struct association *a, const dtls_addr *peer, dtls_error
                 reason ? reason : "no reason given");
 }
 
-/* The next of the host's addresses. 0, or why none could be tried. */
+/* The next of the host's addresses. 0, or why none could be tried; a connection that has no other keeps its last try, to be
+ * asked until it is gone. */
 static int hs_dial(dtls_conn *c, dtls_error *err)
 {
     struct dial *d = c->dial;
+    struct association *spoilt = NULL;
     int r = fail(err, DTLS_ERR_MEMORY, "out of memory");
     while (d->addrs_tried < d->addrs_len) {
-        bool placeholder = c->tries && c->tries->handshake->state == HS_NEW;
+        bool placeholder = c->tries && !spoilt && c->tries->handshake->state == HS_NEW;
         struct association *a = placeholder ? c->tries : hs_try_new(c);
         d->next_at = loop_now(c->ep->loop) + us(STAGGER_MS);
         if (!a)
             return r;
+        if (spoilt)
+            hs_try_remove(spoilt);
+        spoilt = NULL;
         r = hs_try_start(a, &d->addrs[d->addrs_tried++], err);
         if (r == 0)
             return 0;
-        if (a->older || c->open || d->addrs_tried < d->addrs_len)
+        if (a->older || c->open)
             hs_try_remove(a);
+        else
+            spoilt = a;
     }
     return r;
 }
@@ -7240,7 +7250,8 @@ static dtls_endpoint *program_endpoint(dtls_loop *l, struct program *p, dtls_con
     dtls_error err = {.text = ""};
     dtls_endpoint *ep = NULL;
     memset(&paths, 0, sizeof paths);
-    if (o->keylog && !(p->keylog = fopen(o->keylog, "a")))
+    int fd = o->keylog ? open(o->keylog, O_WRONLY | O_CREAT | O_APPEND, S_IRUSR | S_IWUSR) : -1;
+    if (o->keylog && !(p->keylog = fd < 0 ? NULL : fdopen(fd, "a")))
         fail(&err, DTLS_ERR_SYSTEM, "%.150s: %s", o->keylog, strerror(errno));
     else if (keys_load(&p->keys, o, &err) == 0 && program_config(p, &paths, cfg, &err) == 0)
         ep = dtls_endpoint_new(l, cfg, &err);
@@ -8501,7 +8512,7 @@ static void client_keep_session(const struct client *cl)
     if (!file || !cl->call.session)
         return;
     int fd = open(file, O_WRONLY | O_CREAT | O_TRUNC, S_IRUSR | S_IWUSR);
-    FILE *f = fd < 0 ? NULL : fdopen(fd, "w");
+    FILE *f = fd < 0 || fchmod(fd, S_IRUSR | S_IWUSR) < 0 ? NULL : fdopen(fd, "w");
     if (!f || PEM_write_SSL_SESSION(f, cl->call.session) != 1)
         fprintf(stderr, "dtls: %s: the session cannot be written\n", file);
     if (f)

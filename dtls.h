@@ -188,9 +188,9 @@ void dtls_timer_free(dtls_timer *timer);                  /* NULL is fine */
 /* After DTLS_EV_IDLE an application may probe the peer: by a message that this answers, or by dtls_conn_renew().
  * DTLS_EV_RENEWED is a client's: another handshake is done, and the connection goes on with what that made, another local
  * port and other keys. What the peer had not answered by then may be lost, most of all if it was started again.
- * DTLS_EV_FAILED is a server's: a handshake came to nothing, as dtls_conn_info() and dtls_conn_reason() tell: to count, or
- * to ban an address that does so often: somebody who saw a ClientHello with its cookie can do it in that address's name. No
- * other event was or will be raised for that conn. */
+ * DTLS_EV_FAILED is a server's: a handshake came to nothing, as dtls_conn_info() and dtls_conn_reason() tell: to count, not
+ * to ban an address, since whoever sees datagrams can cause it in another's name. No other event was or will be raised for
+ * that conn. */
 typedef enum dtls_event {
     DTLS_EV_CONNECTED, /* handshake done, peer verified; sending is possible from now on */
     DTLS_EV_MESSAGE,   /* data, len: one whole message, valid during the call */
@@ -315,7 +315,8 @@ dtls_endpoint *dtls_endpoint_new(dtls_loop *loop, const dtls_config *config, dtl
 int dtls_endpoint_reload(dtls_endpoint *ep, const dtls_config *config, dtls_error *err);
 
 /* Closes the connections whose peers would be refused now: by the CAs and revocation lists that the last reload brought, by
- * psk (a server's) or by on_peer. All their certificates are verified in this one call. */
+ * psk (a server's; a key that only changed is not noticed) or by on_peer. A connection that was resumed has no chain: one
+ * that needs intermediates is closed. All their certificates are verified in this one call. */
 void dtls_endpoint_recheck(dtls_endpoint *ep);
 
 /* Accepts connections on a local address. Every IPv6 socket is IPv6 only; "[::]:p" also opens "0.0.0.0:p". A wildcard
@@ -407,7 +408,8 @@ typedef enum dtls_reason {
     DTLS_CLOSE_IDLE,     /* nothing authentic came for idle_timeout_ms */
     DTLS_CLOSE_REPLACED, /* the same address completed a new association (RFC 6347 section 4.2.8) */
     DTLS_CLOSE_REFUSED,  /* the peer refused the handshake by an alert, or ICMP says that nobody listens there. */
-                         /* Anybody can forge these, so they are believed if nothing else arrives for 3 s */
+                         /* Anybody can forge these, so they are believed if nothing else arrives for 3 s; */
+                         /* an alert for 1 s, where a client has tried again */
     DTLS_CLOSE_VERIFY,   /* we refused the peer's certificate, or one connection more than we may have */
     DTLS_CLOSE_ERROR,    /* a protocol error, a fatal alert, no memory, or a host that is not known */
     DTLS_CLOSE_KEYS      /* its keys did as much as they safely can (RFC 9325 section 4.4): connect anew */
