@@ -5,11 +5,11 @@
  *   PROGRAM server HOST PORT CERTS_DIR [mtu=BYTES] [suite=NAME] [psk=IDENTITY:HEX]
  *
  * HOST is an IPv4 address. CERTS_DIR has ca.pem, client.pem and client.key, server.pem and server.key; both sides
- * verify each other. With psk they have that pre-shared key in place of certificates. A client sends each line of its input as a message and prints each answer as a line; it leaves at
- * the end of its input. With resume it connects, closes, and connects again with the session it got. A server serves
- * one client after the other: it answers "ping" by "pong", "bye" by closing, anything else by the same, or by "N bytes"
- * where the library sends no message of that size. Both print "connected: NAME, SUITE", and "closed by the peer" or
- * "failed: REASON". */
+ * verify each other. With psk they have that pre-shared key in place of certificates. A client sends each line of its
+ * input as a message and prints each answer as a line; it leaves at the end of its input. With resume it connects,
+ * closes, and connects again with the session it got. A server serves one client after the other: it answers "ping" by
+ * "pong", "bye" by closing, anything else by the same, or by "N bytes" where the library sends no message of that size.
+ * Both print "connected: NAME, SUITE", and "closed by the peer" or "failed: REASON". */
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <poll.h>
@@ -37,9 +37,9 @@ enum { SESSION_EMPTY = 0, SESSION_CLOSED = -1, SESSION_FAILED = -2 };
 
 struct options {
     bool server, resume;
-    const char *certs; /* the folder */
-    const char *suite; /* the only one to take, by the library's name; NULL: the library's choice */
-    int mtu;           /* bytes in a datagram of the handshake; 0: the library's choice */
+    const char *certs;             /* the folder */
+    const char *suite;             /* the only one to take, by the library's name; NULL: the library's choice */
+    int mtu;                       /* bytes in a datagram of the handshake; 0: the library's choice */
     char identity[IDENTITY_BYTES]; /* of the pre-shared key; "": certificates are used */
     unsigned char key[KEY_BYTES];
     size_t key_len;
@@ -230,7 +230,9 @@ int main(int argc, char **argv)
     static struct options options; /* wolfSSL's callbacks look at it */
     struct sockaddr_in addr = {0};
     if (!read_options(argc, argv, &options, &addr)) {
-        fprintf(stderr, "usage: %s client|server HOST PORT CERTS_DIR [resume] [mtu=BYTES] [suite=NAME] [psk=IDENTITY:HEX]\n",
+        fprintf(stderr,
+                "usage: %s client|server HOST PORT CERTS_DIR [resume] [mtu=BYTES] [suite=NAME] "
+                "[psk=IDENTITY:HEX]\n",
                 argv[0]);
         return 2;
     }

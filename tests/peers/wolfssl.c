@@ -10,7 +10,7 @@ static const char SERVER_NAME[] = "localhost";
 
 static WOLFSSL_CTX *ctx;
 static WOLFSSL *ssl;
-static WOLFSSL_SESSION *session; /* a client's to resume */
+static WOLFSSL_SESSION *session;  /* a client's to resume */
 static const struct options *psk; /* has a pre-shared key; NULL: certificates are used */
 
 static bool failed(const char *what, int result)
@@ -20,6 +20,13 @@ static bool failed(const char *what, int result)
     return false;
 }
 
+#ifdef NO_PSK /* an option of its build */
+static bool load_psk(const struct options *options)
+{
+    psk = options;
+    return false;
+}
+#else
 static unsigned copy_key(unsigned char *key, unsigned size)
 {
     if (psk->key_len > size)
@@ -53,6 +60,7 @@ static bool load_psk(const struct options *options)
         wolfSSL_CTX_set_psk_client_callback(ctx, psk_of_client);
     return true;
 }
+#endif
 
 static bool load_certificates(const struct options *options)
 {
@@ -61,7 +69,8 @@ static bool load_certificates(const struct options *options)
     const char *key = options->server ? "server.key" : "client.key";
     return wolfSSL_CTX_load_verify_locations(ctx, certs_path(options, "ca.pem", path), NULL) == WOLFSSL_SUCCESS &&
            wolfSSL_CTX_use_certificate_chain_file(ctx, certs_path(options, cert, path)) == WOLFSSL_SUCCESS &&
-           wolfSSL_CTX_use_PrivateKey_file(ctx, certs_path(options, key, path), WOLFSSL_FILETYPE_PEM) == WOLFSSL_SUCCESS;
+           wolfSSL_CTX_use_PrivateKey_file(ctx, certs_path(options, key, path), WOLFSSL_FILETYPE_PEM) ==
+               WOLFSSL_SUCCESS;
 }
 
 static bool library_start(const struct options *options)
