@@ -7199,10 +7199,10 @@ static int program_config(const struct program *p, struct paths *paths, dtls_con
     snprintf(paths->cert, PATH_BYTES, "%s/%s.pem", o->certs, o->mode->role);
     snprintf(paths->key, PATH_BYTES, "%s/%s.key", o->certs, o->mode->role);
     snprintf(paths->ca, PATH_BYTES, "%s/ca.pem", o->certs);
-    cfg->auth = o->insecure                       ? DTLS_AUTH_INSECURE
-                : o->optional_cert                ? DTLS_AUTH_OPTIONAL
-                : o->no_client_cert || o->no_cert ? DTLS_AUTH_SERVER
-                                                  : DTLS_AUTH_MUTUAL;
+    if (client) /* an option of the other mode decides nothing */
+        cfg->auth = o->insecure ? DTLS_AUTH_INSECURE : o->no_cert ? DTLS_AUTH_SERVER : DTLS_AUTH_MUTUAL;
+    else
+        cfg->auth = o->optional_cert ? DTLS_AUTH_OPTIONAL : o->no_client_cert ? DTLS_AUTH_SERVER : DTLS_AUTH_MUTUAL;
     bool keys_only = p->keys.len > 0 && !named && (client || access(paths->cert, F_OK) < 0);
     bool no_ca = !o->ca && access(paths->ca, F_OK) < 0 && (o->insecure || o->no_client_cert);
     cfg->ca_system = o->ca && strcmp(o->ca, "system") == 0;
@@ -7636,8 +7636,8 @@ static int server_run(struct server *s, dtls_addr *addrs)
     /* A signal still ends us while the certificates are read: any of those files may block for ever. */
     s->ep = program_endpoint(s->loop, &s->program, &cfg);
     s->timer = s->ep ? dtls_timer_new(s->loop, server_look, s) : NULL;
-    if (!s->timer || server_listen(s->ep, addrs, o->addrs_len) != 0 || !program_signals(s->loop, server_stop, s) ||
-        dtls_loop_signal(s->loop, SIGHUP, server_reload, s) != 0)
+    if (!s->timer || !program_signals(s->loop, server_stop, s) ||
+        dtls_loop_signal(s->loop, SIGHUP, server_reload, s) != 0 || server_listen(s->ep, addrs, o->addrs_len) != 0)
         return 1;
     server_look(s);
     server_notify("READY=1", 0);
