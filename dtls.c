@@ -80,10 +80,10 @@
 #include <openssl/rand.h>
 #include <openssl/ssl.h>
 #include <openssl/x509_vfy.h>
-#include <openssl/ui.h>
 #include <openssl/x509v3.h>
 #if OPENSSL_VERSION_NUMBER >= 0x30000000L
 #include <openssl/store.h>
+#include <openssl/ui.h>
 #endif
 
 #if defined(__linux__) && !defined(DTLS_USE_KQUEUE)
@@ -2495,7 +2495,7 @@ struct association {
     struct object object;
     dtls_endpoint *ep;
     dtls_conn *conn;           /* NULL: the endpoint's spare one, which answers ClientHellos */
-    struct association *older; /* the connection's tries */
+    struct association *older; /* of the connection's tries, the next one */
     struct entry entry;
     bool listed, ended; /* listed: in the table */
     SSL *ssl;
@@ -2531,9 +2531,9 @@ struct dial {
     struct lookup *lookup; /* NULL: the addresses are known */
     dtls_addr addrs[ADDRS_MAX], local;
     unsigned addrs_len, addrs_tried;
-    int64_t since, deadline, next_at; /* next_at: the next address is tried */
-    SSL_SESSION *session;             /* to resume */
-    dtls_reason fault;                /* why a try was given up, and in words */
+    int64_t since, next_at; /* next_at: the next address is tried */
+    SSL_SESSION *session;   /* to resume */
+    dtls_reason fault;      /* why a try was given up, and in words */
     char fault_text[REASON_BYTES];
     char warning[REASON_BYTES]; /* what an insecure client would have refused */
 };
@@ -2917,7 +2917,6 @@ static uint8_t *common_name(X509 *cert, int *len)
     return utf8;
 }
 
-/* NULL: no memory, or a name that cannot be shown whole. */
 /* Room for `size` bytes of texts, and for that many of them, the name first. NULL: no memory. */
 static struct identity *identity_alloc(size_t count, size_t size, struct text *text)
 {
@@ -2933,6 +2932,7 @@ static struct identity *identity_alloc(size_t count, size_t size, struct text *t
     return id;
 }
 
+/* NULL: no memory, or a name that cannot be shown whole. */
 static struct identity *identity_of_cert(X509 *cert, const uint8_t digest[SHA256_BYTES])
 {
     struct text text = {0};
@@ -4183,7 +4183,7 @@ struct handshake {
     unsigned restarts, failures, refusals; /* refusals: certificates that we refused */
     struct claim claim;
     bool long_chain;                                 /* the peer sent too many certificates */
-    bool no_key;                                     /* nor has it a pre-shared key that we know */
+    bool no_key;                                     /* nobody knows a pre-shared key for its identity */
     uint8_t unfit[RECORD_HEADER + HANDSHAKE_HEADER]; /* of a message that may not reach libssl yet; [0] is 0: none */
     uint32_t dropped[DTLS_DROP_COUNT];
 };
@@ -4262,10 +4262,10 @@ static void hs_forget_session(struct dial *d)
     d->session = NULL;
 }
 
-/* libssl ties a session to the context of its making; ours is random, and another process has another. For a client that
- * protects nothing: who saved the session says that it may be used. */
 static bool hs_still_trusts(const struct association *a, char reason[REASON_BYTES]);
 
+/* libssl ties a session to the context of its making; ours is random, and another process has another. For a client that
+ * protects nothing: who saved the session says that it may be used. */
 static bool hs_offer(const struct association *a, SSL *ssl, SSL_SESSION *session)
 {
     unsigned len;
@@ -4348,12 +4348,19 @@ static bool hs_refuses_session(struct association *a, X509 *cert, char text[REAS
     return words[0] != 0;
 }
 
+/* A server's: the length of that identity's key, 0 if there is none. */
+static size_t psk_find(dtls_endpoint *ep, const char *identity, uint8_t key[DTLS_PSK_MAX])
+{
+    ep->inside = true;
+    size_t n = ep->cfg.psk ? ep->cfg.psk(ep->cfg.user, identity, key) : 0;
+    ep->inside = false;
+    return n <= DTLS_PSK_MAX ? n : 0;
+}
+
 static bool psk_is_known(dtls_endpoint *ep, const char *identity)
 {
     uint8_t key[DTLS_PSK_MAX];
-    ep->inside = true;
-    bool known = ep->cfg.psk && ep->cfg.psk(ep->cfg.user, identity, key) > 0;
-    ep->inside = false;
+    bool known = psk_find(ep, identity, key) > 0;
     OPENSSL_cleanse(key, sizeof key);
     return known;
 }
@@ -5669,7 +5676,7 @@ static int ctx_alpn_select(SSL *ssl, const unsigned char **chosen, unsigned char
     return SSL_TLSEXT_ERR_ALERT_FATAL;
 }
 
-/* The protocols of the configuration, as libssl wants them and as text: *names is the caller's to free. 0 or an error. */
+/* The protocols of the configuration, as libssl wants them and as text: *alpn is the caller's to free. 0 or an error. */
 static int ctx_set_alpn(SSL_CTX *ctx, dtls_endpoint *ep, const char *text, char **alpn, dtls_error *err)
 {
     uint8_t names[ALPN_BYTES];
@@ -5712,14 +5719,9 @@ static unsigned ctx_psk_client(SSL *ssl, const char *hint, char *identity, unsig
 static unsigned ctx_psk_server(SSL *ssl, const char *identity, unsigned char *key, unsigned size)
 {
     struct association *a = assoc_of(ssl);
-    dtls_endpoint *ep = a->ep;
     uint8_t found[DTLS_PSK_MAX];
-    size_t n = 0;
-    ep->inside = true;
-    if (ep->cfg.psk)
-        n = ep->cfg.psk(ep->cfg.user, identity, found);
-    ep->inside = false;
-    bool known = n > 0 && n <= sizeof found && n <= size;
+    size_t n = psk_find(a->ep, identity, found);
+    bool known = n > 0 && n <= size;
     if (!known && RAND_bytes(found, sizeof found) != 1)
         return 0;
     n = known ? n : sizeof found;
@@ -6536,7 +6538,6 @@ void dtls_endpoint_recheck(dtls_endpoint *ep)
         return;
     loop_enter(ep->loop);
     for (dtls_conn *c = ep->first; c; c = c->next) {
-        snprintf(reason, sizeof reason, "no memory to verify it");
         if (c->state == CONN_OPEN &&
             (!hs_still_trusts(c->open, reason) || !traffic_welcomes(c->open, c->identity, reason, sizeof reason)))
             conn_end(c, DTLS_CLOSE_VERIFY, "no longer trusted: %s", reason);

@@ -650,21 +650,30 @@ static void loop_begin(void)
         refused_code("dtls_loop_new", DTLS_ERR_MEMORY);
 }
 
+struct files {
+    char cert[TEXT_BYTES], key[TEXT_BYTES], ca[TEXT_BYTES];
+};
+
+static void files(struct files *f, const char *name)
+{
+    snprintf(f->cert, sizeof f->cert, "%s/%s.pem", certs, name);
+    snprintf(f->key, sizeof f->key, "%s/%s.key", certs, name);
+    snprintf(f->ca, sizeof f->ca, "%s/ca.pem", certs);
+}
+
 static dtls_endpoint *endpoint_try(const char *name, dtls_config cfg)
 {
-    char cert[TEXT_BYTES], key[TEXT_BYTES], ca_file[TEXT_BYTES];
+    struct files f;
     dtls_error err = {0};
-    snprintf(cert, sizeof cert, "%s/%s.pem", certs, name);
-    snprintf(key, sizeof key, "%s/%s.key", certs, name);
-    snprintf(ca_file, sizeof ca_file, "%s/ca.pem", certs);
+    files(&f, name);
     cfg.on_log = on_log;
     cfg.idle_ms = IDLE_MS;
     cfg.idle_timeout_ms = cfg.send ? SETTLE_MS : GONE_MS; /* a lossy link is silent for long */
     cfg.cookie_ms = COOKIE_MS;
     if (!cfg.on_ssl_ctx && !cfg.psk_identity) {
-        cfg.cert_file = cert;
-        cfg.key_file = key;
-        cfg.ca_file = ca_file;
+        cfg.cert_file = f.cert;
+        cfg.key_file = f.key;
+        cfg.ca_file = f.ca;
     }
     dtls_endpoint *ep = dtls_endpoint_new(loop, &cfg, &err);
     if (!ep)
@@ -1165,13 +1174,11 @@ static int welcome(void *user, const dtls_info *info, char *reason, size_t size)
 
 static void reload(void)
 {
-    char cert[TEXT_BYTES], key[TEXT_BYTES], ca_file[TEXT_BYTES];
-    snprintf(cert, sizeof cert, "%s/server.pem", certs);
-    snprintf(key, sizeof key, "%s/server.key", certs);
-    snprintf(ca_file, sizeof ca_file, "%s/ca.pem", certs);
-    const dtls_cert more = {.cert_file = cert, .key_file = key};
+    struct files f;
+    files(&f, "server");
+    const dtls_cert more = {.cert_file = f.cert, .key_file = f.key};
     dtls_config cfg = {
-        .cert_file = cert, .key_file = key, .ca_file = ca_file, .psk = find_key, .certs = &more, .certs_len = 1};
+        .cert_file = f.cert, .key_file = f.key, .ca_file = f.ca, .psk = find_key, .certs = &more, .certs_len = 1};
     dtls_error err = {0};
     while (dtls_endpoint_reload(server.ep, &cfg, &err) < 0)
         refused("dtls_endpoint_reload", &err);

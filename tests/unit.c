@@ -285,12 +285,12 @@ static void test_loop_nesting(void)
 
 /* ---- endpoint, BIO, guard ---- */
 
-static dtls_endpoint *make_endpoint(dtls_loop *l, dtls_config cfg)
+static dtls_endpoint *make_endpoint_as(const char *who, dtls_loop *l, dtls_config cfg)
 {
     char cert[512], key[512], ca[512];
     dtls_error err = {0};
-    snprintf(cert, sizeof cert, "%s/server.pem", certs);
-    snprintf(key, sizeof key, "%s/server.key", certs);
+    snprintf(cert, sizeof cert, "%s/%s.pem", certs, who);
+    snprintf(key, sizeof key, "%s/%s.key", certs, who);
     snprintf(ca, sizeof ca, "%s/ca.pem", certs);
     cfg.cert_file = cert;
     cfg.key_file = key;
@@ -299,6 +299,11 @@ static dtls_endpoint *make_endpoint(dtls_loop *l, dtls_config cfg)
     if (!ep)
         printf("# %s\n", err.text);
     return ep;
+}
+
+static dtls_endpoint *make_endpoint(dtls_loop *l, dtls_config cfg)
+{
+    return make_endpoint_as("server", l, cfg);
 }
 
 static int sent_len, send_refuses;
@@ -1037,7 +1042,18 @@ static void test_sockets(void)
     dtls_loop_free(l);
 }
 
-/* The send queue, on a Unix socket pair, which does say when it is full. */
+/* A Unix socket pair in place of a socket, since it does say when it is full. */
+static void become_pair(dtls_loop *l, struct udp *u, int pair[2])
+{
+    CHECK(socketpair(AF_UNIX, SOCK_DGRAM, 0, pair) == 0);
+    for (int i = 0; i < 2; i++)
+        CHECK(fcntl(pair[i], F_SETFL, O_NONBLOCK) == 0);
+    u->fd = pair[0];
+    u->connected = true; /* no address to give */
+    u->watch = dtls_watch_new(l, pair[0], DTLS_READ, udp_event, u);
+}
+
+/* The send queue. */
 static void test_backlog(void)
 {
     dtls_loop *l = dtls_loop_new(NULL);
@@ -1048,14 +1064,8 @@ static void test_backlog(void)
     dtls_addr_parse(&a, "127.0.0.1:0", NULL);
     CHECK(dtls_endpoint_listen(ep, &a, NULL) == 0 && a.port != 0);
     struct udp *u = (struct udp *)ep->sockets.next;
-    CHECK(socketpair(AF_UNIX, SOCK_DGRAM, 0, pair) == 0);
-    for (int i = 0; i < 2; i++)
-        CHECK(fcntl(pair[i], F_SETFL, O_NONBLOCK) == 0);
-    dtls_watch *real = u->watch;
-    int real_fd = u->fd;
-    u->fd = pair[0];
-    u->connected = true; /* no address to give */
-    u->watch = dtls_watch_new(l, pair[0], DTLS_READ, udp_event, u);
+    const struct udp real = *u;
+    become_pair(l, u, pair);
     for (int i = 0; i < 10000; i++) {
         snprintf(data, sizeof data, "%d", i);
         loop_enter(l);
@@ -1080,8 +1090,8 @@ static void test_backlog(void)
     dtls_watch_free(u->watch);
     close(pair[0]);
     u->connected = false;
-    u->fd = real_fd;
-    u->watch = real;
+    u->fd = real.fd;
+    u->watch = real.watch;
     dtls_loop_free(l);
 }
 
@@ -1119,12 +1129,8 @@ static void test_room(void)
 {
     dtls_loop *l = dtls_loop_new(NULL);
     dtls_endpoint *ep = make_endpoint(l, (dtls_config){.send_queue_bytes = 50000, .on_event = room_event});
-    char cert[512], key[512], ca_file[512], got[2000];
-    snprintf(cert, sizeof cert, "%s/client.pem", certs);
-    snprintf(key, sizeof key, "%s/client.key", certs);
-    snprintf(ca_file, sizeof ca_file, "%s/ca.pem", certs);
-    const dtls_config cfg = {.cert_file = cert, .key_file = key, .ca_file = ca_file, .on_event = room_event};
-    dtls_endpoint *clients = dtls_endpoint_new(l, &cfg, NULL);
+    char got[2000];
+    dtls_endpoint *clients = make_endpoint_as("client", l, (dtls_config){.on_event = room_event});
     dtls_target t = {.name = "localhost"};
     int pair[2], again = 0;
     dtls_addr_parse(&t.peer, "127.0.0.1:0", NULL);
@@ -1136,14 +1142,8 @@ static void test_room(void)
         dtls_loop_poll(l, 50);
     CHECK(room_opened == 6);
     struct udp *u = (struct udp *)ep->sockets.next;
-    CHECK(socketpair(AF_UNIX, SOCK_DGRAM, 0, pair) == 0);
-    for (int i = 0; i < 2; i++)
-        CHECK(fcntl(pair[i], F_SETFL, O_NONBLOCK) == 0);
-    dtls_watch *real = u->watch;
-    int real_fd = u->fd;
-    u->fd = pair[0];
-    u->connected = true; /* no address to give */
-    u->watch = dtls_watch_new(l, pair[0], DTLS_READ, udp_event, u);
+    const struct udp real = *u;
+    become_pair(l, u, pair);
     dtls_endpoint_each(ep, room_fill, &again);
     CHECK(again == 3 && room_told == 0);
     u->connected = false;      /* it would go with the connection; nothing is sent meanwhile */
@@ -1160,8 +1160,8 @@ static void test_room(void)
     close(pair[0]);
     close(pair[1]);
     u->connected = false;
-    u->fd = real_fd;
-    u->watch = real;
+    u->fd = real.fd;
+    u->watch = real.watch;
     dtls_loop_free(l);
 }
 
@@ -1189,12 +1189,7 @@ static void test_hosts(void)
 
     dtls_loop *l = dtls_loop_new(NULL);
     dtls_endpoint *ep = make_endpoint(l, (dtls_config){.on_event = room_event});
-    char cert[512], key[512], ca_file[512];
-    snprintf(cert, sizeof cert, "%s/client.pem", certs);
-    snprintf(key, sizeof key, "%s/client.key", certs);
-    snprintf(ca_file, sizeof ca_file, "%s/ca.pem", certs);
-    const dtls_config cfg = {.cert_file = cert, .key_file = key, .ca_file = ca_file, .on_event = room_event};
-    dtls_endpoint *clients = dtls_endpoint_new(l, &cfg, NULL);
+    dtls_endpoint *clients = make_endpoint_as("client", l, (dtls_config){.on_event = room_event});
     dtls_addr_parse(&a, "127.0.0.1:0", NULL);
     CHECK(dtls_endpoint_listen(ep, &a, NULL) == 0);
     struct udp *silent = (struct udp *)ep->sockets.next;
