@@ -77,6 +77,7 @@
 #include <openssl/err.h>
 #include <openssl/evp.h>
 #include <openssl/hmac.h>
+#include <openssl/kdf.h>
 #include <openssl/rand.h>
 #include <openssl/ssl.h>
 #include <openssl/x509_vfy.h>
@@ -2029,6 +2030,7 @@ enum {
     TYPE_HANDSHAKE = 22,
     TYPE_DATA = 23,
     TYPE_CID = 25,      /* RFC 9146 */
+    TYPE_RRC = 27,      /* RFC 9853 */
     UNIFIED_MIN = 0x20, /* first bytes of DTLS 1.3 records, RFC 9147 section 4 */
     UNIFIED_MAX = 0x3f,
 
@@ -2071,7 +2073,7 @@ enum {
 
 struct record {
     const uint8_t *start, *body;
-    size_t size, body_len; /* size: header included */
+    size_t size, header, body_len; /* size: header included */
     unsigned type, epoch;
     uint64_t sequence;
 };
@@ -2086,20 +2088,40 @@ static unsigned load24(const uint8_t *p)
     return (unsigned)p[0] << 16 | (unsigned)p[1] << 8 | p[2];
 }
 
-static bool record_parse(const uint8_t *p, size_t n, struct record *r)
+static uint64_t load_number(const uint8_t *p, int bytes)
 {
-    if (n < RECORD_HEADER || p[0] < TYPE_CCS || p[0] > TYPE_DATA || p[1] != 0xfe || (p[2] != 0xff && p[2] != 0xfd))
+    uint64_t n = 0;
+    for (int i = 0; i < bytes; i++)
+        n = n << 8 | p[i];
+    return n;
+}
+
+static void store_number(uint8_t *p, int bytes, uint64_t n)
+{
+    for (int i = bytes - 1; i >= 0; i--, n >>= 8)
+        p[i] = (uint8_t)n;
+}
+
+/* Of whatever type, with a connection ID of that length in its header. */
+static bool record_parse_any(const uint8_t *p, size_t n, size_t cid_len, struct record *r)
+{
+    size_t header = RECORD_HEADER + cid_len;
+    if (n < header || p[1] != 0xfe || (p[2] != 0xff && p[2] != 0xfd))
         return false;
     r->type = p[0];
     r->epoch = load16(p + 3);
-    r->sequence = 0;
-    for (int i = 5; i < 11; i++)
-        r->sequence = r->sequence << 8 | p[i];
-    r->body_len = load16(p + 11);
+    r->sequence = load_number(p + 5, 6);
+    r->body_len = load16(p + header - 2);
     r->start = p;
-    r->body = p + RECORD_HEADER;
-    r->size = RECORD_HEADER + r->body_len;
-    return r->body_len > 0 && r->body_len <= RECORD_BODY_MAX && r->body_len <= n - RECORD_HEADER;
+    r->body = p + header;
+    r->header = header;
+    r->size = header + r->body_len;
+    return r->body_len > 0 && r->body_len <= RECORD_BODY_MAX && r->body_len <= n - header;
+}
+
+static bool record_parse(const uint8_t *p, size_t n, struct record *r)
+{
+    return n > 0 && p[0] >= TYPE_CCS && p[0] <= TYPE_DATA && record_parse_any(p, n, 0, r);
 }
 
 /* Why what stands there is no record of DTLS 1.2. */
@@ -2269,6 +2291,228 @@ static int guard_open(size_t overhead, const struct record *r)
     return r->type == TYPE_CCS ? DTLS_DROP_HANDSHAKE : GUARD_PASS;
 }
 
+/* Keys: those of the association's records, a second time. With connection IDs libssl's records are translated on their way
+ * out, and those that come are opened before it sees any; without, the keys tell whose record one from an unknown address
+ * is. */
+
+struct aead {
+    int nid;
+    const char *name; /* in OpenSSL's name of the suite, where the nid does not tell */
+    const EVP_CIPHER *(*cipher)(void);
+    uint8_t key, salt, explicit, tag; /* bytes; explicit: of the nonce, in each record */
+};
+
+enum { AEADS = 7, NONCE_BYTES = 12, AEAD_KEY_MAX = 32, TAG_MAX = 16, MASTER_BYTES = 48 };
+
+/* RFC 5288, 6655, 7905. */
+static const struct aead aeads[AEADS] = {{NID_aes_128_gcm, "", EVP_aes_128_gcm, 16, 4, 8, 16},
+                                         {NID_aes_256_gcm, "", EVP_aes_256_gcm, 32, 4, 8, 16},
+                                         {NID_chacha20_poly1305, "", EVP_chacha20_poly1305, 32, 12, 0, 16},
+                                         {NID_aes_128_ccm, "CCM8", EVP_aes_128_ccm, 16, 4, 8, 8},
+                                         {NID_aes_256_ccm, "CCM8", EVP_aes_256_ccm, 32, 4, 8, 8},
+                                         {NID_aes_128_ccm, "", EVP_aes_128_ccm, 16, 4, 8, 16},
+                                         {NID_aes_256_ccm, "", EVP_aes_256_ccm, 32, 4, 8, 16}};
+
+/* NULL: another kind of suite. */
+static const struct aead *aead_of(const SSL_CIPHER *suite)
+{
+    for (const struct aead *a = aeads; suite && a < aeads + AEADS; a++)
+        if (a->nid == SSL_CIPHER_get_cipher_nid(suite) && strstr(SSL_CIPHER_get_name(suite), a->name))
+            return a;
+    return NULL;
+}
+
+/* One context for each kind, since two of them would double the memory of a connection; who uses it sets its key. */
+struct crypt {
+    EVP_CIPHER_CTX *ctx[AEADS];
+};
+
+static void crypt_free(struct crypt *c)
+{
+    for (int i = 0; i < AEADS; i++)
+        EVP_CIPHER_CTX_free(c->ctx[i]);
+}
+
+/* NULL: no memory. */
+static EVP_CIPHER_CTX *crypt_get(struct crypt *c, const struct aead *aead, int seals)
+{
+    EVP_CIPHER_CTX **ctx = &c->ctx[aead - aeads];
+    bool ccm = aead->nid == NID_aes_128_ccm || aead->nid == NID_aes_256_ccm;
+    bool made = !*ctx;
+    if (made && !(*ctx = EVP_CIPHER_CTX_new()))
+        return NULL;
+    if ((!made && !ccm) || (EVP_CipherInit_ex(*ctx, aead->cipher(), NULL, NULL, NULL, seals) == 1 &&
+                            (!ccm || (EVP_CIPHER_CTX_ctrl(*ctx, EVP_CTRL_AEAD_SET_IVLEN, NONCE_BYTES, NULL) == 1 &&
+                                      EVP_CIPHER_CTX_ctrl(*ctx, EVP_CTRL_AEAD_SET_TAG, aead->tag, NULL) == 1))))
+        return *ctx;
+    EVP_CIPHER_CTX_free(*ctx);
+    *ctx = NULL;
+    return NULL;
+}
+
+/* What one record's protection works on. */
+struct sealing {
+    const struct aead *aead;
+    const uint8_t *key;
+    uint8_t nonce[NONCE_BYTES], aad[23 + UINT8_MAX];
+    size_t aad_len;
+};
+
+/* From `in` to `out`, n bytes of text; the tag is behind the sealed one. */
+static bool crypt_run(struct crypt *c, const struct sealing *s, bool seals, const uint8_t *in, size_t n, uint8_t *out)
+{
+    EVP_CIPHER_CTX *ctx = crypt_get(c, s->aead, seals);
+    bool ccm = s->aead->nid == NID_aes_128_ccm || s->aead->nid == NID_aes_256_ccm;
+    uint8_t tag[TAG_MAX];
+    int len;
+    if (!ctx)
+        return false;
+    if (!seals)
+        memcpy(tag, in + n, s->aead->tag);
+    return (seals || !ccm || EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_AEAD_SET_TAG, s->aead->tag, tag) == 1) &&
+           EVP_CipherInit_ex(ctx, NULL, NULL, s->key, s->nonce, seals) == 1 &&
+           (seals || ccm || EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_AEAD_SET_TAG, s->aead->tag, tag) == 1) &&
+           (!ccm || EVP_CipherUpdate(ctx, NULL, &len, NULL, (int)n) == 1) &&
+           EVP_CipherUpdate(ctx, NULL, &len, s->aad, (int)s->aad_len) == 1 &&
+           EVP_CipherUpdate(ctx, out, &len, in, (int)n) == 1 &&
+           (!seals && ccm ? 1 : EVP_CipherFinal_ex(ctx, out + n, &len)) == 1 &&
+           (!seals || EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_AEAD_GET_TAG, s->aead->tag, out + n) == 1);
+}
+
+/* One direction's, RFC 5246 section 6.3. */
+struct record_key {
+    uint8_t key[AEAD_KEY_MAX], salt[NONCE_BYTES];
+};
+
+struct record_keys {
+    const struct aead *aead;
+    struct record_key in, out;
+};
+
+static void record_keys_free(struct record_keys *k)
+{
+    if (k)
+        OPENSSL_cleanse(k, sizeof *k);
+    free(k);
+}
+
+static bool record_keys_expand(SSL *ssl, const SSL_CIPHER *suite, const uint8_t master[MASTER_BYTES], uint8_t *block,
+                               size_t size)
+{
+    EVP_PKEY_CTX *prf = EVP_PKEY_CTX_new_id(EVP_PKEY_TLS1_PRF, NULL);
+    uint8_t client[HELLO_RANDOM], server[HELLO_RANDOM];
+    SSL_get_client_random(ssl, client, sizeof client);
+    SSL_get_server_random(ssl, server, sizeof server);
+    bool good = prf && EVP_PKEY_derive_init(prf) == 1 &&
+                EVP_PKEY_CTX_set_tls1_prf_md(prf, SSL_CIPHER_get_handshake_digest(suite)) == 1 &&
+                EVP_PKEY_CTX_set1_tls1_prf_secret(prf, master, MASTER_BYTES) == 1 &&
+                EVP_PKEY_CTX_add1_tls1_prf_seed(prf, (const uint8_t *)"key expansion", 13) == 1 &&
+                EVP_PKEY_CTX_add1_tls1_prf_seed(prf, server, sizeof server) == 1 &&
+                EVP_PKEY_CTX_add1_tls1_prf_seed(prf, client, sizeof client) == 1 &&
+                EVP_PKEY_derive(prf, block, &size) == 1;
+    EVP_PKEY_CTX_free(prf);
+    return good;
+}
+
+/* False: there are none yet, the suite is of another kind, or no memory. */
+static bool record_keys_derive(SSL *ssl, bool server, struct record_keys *k)
+{
+    uint8_t master[MASTER_BYTES], block[2 * (AEAD_KEY_MAX + NONCE_BYTES)], *p = block;
+    const SSL_CIPHER *suite = SSL_get_pending_cipher(ssl) ? SSL_get_pending_cipher(ssl) : SSL_get_current_cipher(ssl);
+    const SSL_SESSION *session = SSL_get_session(ssl);
+    struct record_key *of[2] = {server ? &k->in : &k->out, server ? &k->out : &k->in}; /* a client's, a server's */
+    memset(k, 0, sizeof *k);
+    k->aead = aead_of(suite);
+    bool good = k->aead && session && SSL_SESSION_get_master_key(session, master, sizeof master) == sizeof master &&
+                record_keys_expand(ssl, suite, master, block, 2u * (k->aead->key + k->aead->salt));
+    for (int i = 0; good && i < 2; i++, p += k->aead->key)
+        memcpy(of[i]->key, p, k->aead->key);
+    for (int i = 0; good && i < 2; i++, p += k->aead->salt)
+        memcpy(of[i]->salt, p, k->aead->salt);
+    OPENSSL_cleanse(master, sizeof master);
+    OPENSSL_cleanse(block, sizeof block);
+    return good;
+}
+
+/* The nonce: with an explicit part as it stands in the record, otherwise made of epoch and number. */
+static void sealing_nonce(struct sealing *s, const struct record_key *key, const struct record *r)
+{
+    memcpy(s->nonce, key->salt, NONCE_BYTES);
+    if (s->aead->explicit)
+        memcpy(s->nonce + s->aead->salt, r->body, s->aead->explicit);
+    for (int i = 0; !s->aead->explicit && i < 8; i++)
+        s->nonce[4 + i] ^= r->start[3 + i];
+}
+
+/* What is authenticated besides the text, RFC 5246 section 6.2.3.3 and RFC 9146 section 5.3. */
+static void sealing_aad(struct sealing *s, const uint8_t *header, size_t cid_len, size_t n)
+{
+    uint8_t *p = s->aad;
+    if (header[0] == TYPE_CID) {
+        memset(p, 0xff, 8);
+        p[8] = p[10] = TYPE_CID;
+        p[9] = (uint8_t)cid_len;
+        memcpy(p + 11, header + 1, 10 + cid_len); /* version, epoch, number, connection ID */
+        p += 21 + cid_len;
+    } else {
+        memcpy(p, header + 3, 8);
+        memcpy(p + 8, header, 3);
+        p += 11;
+    }
+    store_number(p, 2, n);
+    s->aad_len = (size_t)(p + 2 - s->aad);
+}
+
+/* Opens a record: its text, to at least as many bytes as the record has. With a connection ID the true type stands behind
+ * the text, and zeros behind that. False: it is not authentic, or has no type. */
+static bool record_open(struct crypt *c, const struct aead *aead, const struct record_key *key, const struct record *r,
+                        uint8_t *text, size_t *len, unsigned *type)
+{
+    struct sealing s = {.aead = aead, .key = key->key};
+    size_t overhead = (size_t)aead->explicit + aead->tag;
+    if (r->body_len < overhead)
+        return false;
+    size_t n = r->body_len - overhead;
+    sealing_nonce(&s, key, r);
+    sealing_aad(&s, r->start, r->header - RECORD_HEADER, n);
+    if (!crypt_run(c, &s, false, r->body + aead->explicit, n, text))
+        return false;
+    *type = r->type;
+    if (r->type == TYPE_CID) {
+        while (n > 0 && text[n - 1] == 0)
+            n--;
+        if (n == 0)
+            return false;
+        *type = text[--n];
+    }
+    *len = n;
+    return true;
+}
+
+/* Seals that text once more, with the number and so with the nonce of r: plain, or where cid is not NULL with that and the
+ * type behind the text, which has room for it. Returns the record's size, 0: no memory. Of the two forms of a record only one
+ * may ever be sent, since they share a nonce. */
+static size_t record_seal(struct crypt *c, const struct aead *aead, const struct record_key *key,
+                          const struct record *r, const uint8_t *cid, size_t cid_len, unsigned type, uint8_t *text,
+                          size_t n, uint8_t *out)
+{
+    struct sealing s = {.aead = aead, .key = key->key};
+    uint8_t *p = out + RECORD_HEADER;
+    memcpy(out, r->start, RECORD_HEADER - 2);
+    out[0] = (uint8_t)(cid ? TYPE_CID : type);
+    if (cid) {
+        memcpy(p - 2, cid, cid_len);
+        p += cid_len;
+        text[n++] = (uint8_t)type;
+    }
+    store_number(p - 2, 2, n + aead->explicit + aead->tag);
+    memcpy(p, r->body, aead->explicit);
+    sealing_nonce(&s, key, r);
+    sealing_aad(&s, out, cid_len, n);
+    p += aead->explicit;
+    return crypt_run(c, &s, true, text, n, p) ? (size_t)(p - out) + n + aead->tag : 0;
+}
+
 /* The BIO: what libssl reads from and writes to. */
 
 /* libssl sends a flight again with a datagram for each message, so that under loss one is always missing. While a flight
@@ -2289,10 +2533,117 @@ struct wire {
     size_t largest;       /* datagram of the present flight */
     struct flight *flight;
     bool written; /* libssl wrote a datagram since this was cleared */
+    SSL *ssl;
+    struct crypt *crypt;
+    struct record_keys *keys;         /* NULL: not needed yet, or not known to be the right ones */
+    bool server;                      /* our role */
+    bool cid;                         /* connection IDs were agreed upon: one of no bytes is none, in that direction */
+    bool offers;                      /* a client's hello has the extension */
+    bool rrc;                         /* the peer can be asked whether it is reached, RFC 9853 */
+    uint8_t cid_in[1 + DTLS_CID_MAX]; /* ours, behind its length */
+    uint8_t *cid_out, cid_out_len;
+    unsigned as; /* the type that the next protected record gets instead of its own; 0: that */
+    uint64_t newest,
+        seen; /* the highest number of an authentic record, and which of the 64 up to it came, a bit each */
     int (*send)(void *owner, const void *data, size_t len);
     void *owner;
     dtls_counters *counters;
 };
+
+/* A record of this association's: with our connection ID where we have one. */
+static bool wire_parse(const struct wire *w, const uint8_t *p, size_t n, struct record *r)
+{
+    size_t len = w->cid ? w->cid_in[0] : 0;
+    if (n > 0 && p[0] == TYPE_CID)
+        return len > 0 && record_parse_any(p, n, len, r) && r->epoch == 1 &&
+               memcmp(p + RECORD_HEADER - 2, w->cid_in + 1, len) == 0;
+    if (n > 0 && p[0] == TYPE_RRC)
+        return w->rrc && len == 0 && record_parse_any(p, n, 0, r) && r->epoch == 1;
+    return record_parse(p, n, r);
+}
+
+static bool wire_is_fresh(const struct wire *w, uint64_t sequence)
+{
+    return sequence > w->newest || (w->newest - sequence < 64 && !(w->seen >> (w->newest - sequence) & 1));
+}
+
+/* An authentic record came. */
+static void wire_note(struct wire *w, uint64_t sequence)
+{
+    if (sequence > w->newest) {
+        w->seen = sequence - w->newest < 64 ? w->seen << (sequence - w->newest) : 0;
+        w->newest = sequence;
+    }
+    if (w->newest - sequence < 64)
+        w->seen |= (uint64_t)1 << (w->newest - sequence);
+}
+
+/* Opens a record that came, or with `out` one that libssl wrote. Keys count once they opened one: before, the handshake may
+ * not have got to the right ones. */
+static bool wire_open(struct wire *w, bool out, const struct record *r, uint8_t *text, size_t *len, unsigned *type)
+{
+    struct record_keys fresh, *k = w->keys;
+    if (!k && !record_keys_derive(w->ssl, w->server, &fresh))
+        return false;
+    k = k ? k : &fresh;
+    bool good = record_open(w->crypt, k->aead, out ? &k->out : &k->in, r, text, len, type);
+    if (good && !w->keys && (w->keys = malloc(sizeof *k)) != NULL)
+        *w->keys = fresh;
+    good = good && w->keys;
+    if (k == &fresh)
+        OPENSSL_cleanse(&fresh, sizeof fresh);
+    errors_clear();
+    return good;
+}
+
+/* A record that was opened, in the form that libssl knows. False: no memory. */
+static bool wire_plain(struct wire *w, const struct record *r, unsigned type, uint8_t *text, size_t n, uint8_t *out,
+                       struct record *plain)
+{
+    size_t size = record_seal(w->crypt, w->keys->aead, &w->keys->in, r, NULL, 0, type, text, n, out);
+    errors_clear();
+    return size > 0 && record_parse(out, size, plain);
+}
+
+/* What libssl wrote, as it goes out: protected records get the peer's connection ID. Returns its size, 0: it must not. */
+static size_t wire_translate(struct wire *w, const uint8_t *p, size_t n, uint8_t *out, size_t room)
+{
+    uint8_t text[RECORD_BODY_MAX + 1];
+    struct record r;
+    size_t size = 0, done, len;
+    unsigned type;
+    for (; n > 0; p += r.size, n -= r.size, size += done) {
+        if (!record_parse(p, n, &r) || r.size + w->cid_out_len + 1 > room - size)
+            return 0;
+        done = r.size;
+        if (r.epoch == 0) {
+            memcpy(out + size, p, done);
+            continue;
+        }
+        if (!wire_open(w, true, &r, text, &len, &type))
+            return 0;
+        done = record_seal(w->crypt, w->keys->aead, &w->keys->out, &r, w->cid_out_len ? w->cid_out : NULL,
+                           w->cid_out_len, w->as ? w->as : type, text, len, out + size);
+        errors_clear();
+        if (done == 0)
+            return 0;
+    }
+    return size;
+}
+
+/* Where the form that goes out cannot be made nothing does: a record in both forms would give its key away, since they share
+ * a nonce. It counts as lost. */
+static int wire_send(struct wire *w, const uint8_t *p, size_t n)
+{
+    uint8_t out[RECORD_HEADER + RECORD_BODY_MAX + 2 * (UINT8_MAX + 1)];
+    if (w->cid_out_len == 0 && !w->as)
+        return w->send(w->owner, p, n);
+    n = wire_translate(w, p, n, out, sizeof out);
+    if (n > 0)
+        return w->send(w->owner, out, n);
+    w->counters->dropped[DTLS_DROP_SEND]++;
+    return 0;
+}
 
 /* What fits into one datagram of a handshake; never more than any receiver's buffer for a record. */
 static size_t wire_room(const struct wire *w)
@@ -2304,9 +2655,9 @@ static size_t wire_room(const struct wire *w)
 /* small: the same flight is sent a third time, and the path's MTU may be why. */
 static void flight_begin(struct wire *w, struct flight *f, bool small)
 {
-    size_t room = wire_room(w);
+    size_t room = wire_room(w), more = w->cid_out_len ? 2 * (w->cid_out_len + 1u) : 0; /* of two protected records */
     f->len = 0;
-    f->room = small && FLIGHT_SMALL < room ? FLIGHT_SMALL : room;
+    f->room = (small && FLIGHT_SMALL < room ? FLIGHT_SMALL : room) - more;
     w->flight = f;
 }
 
@@ -2314,7 +2665,7 @@ static void flight_flush(struct wire *w)
 {
     struct flight *f = w->flight;
     w->largest = f->len > w->largest ? f->len : w->largest;
-    if (f->len > 0 && w->send(w->owner, f->bytes, f->len) != 0)
+    if (f->len > 0 && wire_send(w, f->bytes, f->len) != 0)
         w->counters->dropped[DTLS_DROP_SEND]++;
     f->len = 0;
 }
@@ -2340,9 +2691,7 @@ static int bio_read(BIO *b, char *out, int size)
     /* Plaintext sequence numbers prove nothing, but libssl would take a forged high one for the edge of its replay
      * window and every real record for stale. So these records are numbered as they come. */
     if (w->in_renumber) {
-        uint64_t sequence = w->in_sequence++;
-        for (int i = 10; i >= 5; i--, sequence >>= 8)
-            out[i] = (char)(sequence & 0xff);
+        store_number((uint8_t *)out + 5, 6, w->in_sequence++);
     }
     w->in = NULL;
     return (int)n;
@@ -2364,7 +2713,7 @@ static int bio_write(BIO *b, const char *data, int len)
     }
     if (f)
         w->largest = n > w->largest ? n : w->largest;
-    if (w->send(w->owner, data, n) == 0)
+    if (wire_send(w, (const uint8_t *)data, n) == 0)
         return len;
     if (f) { /* libssl must not keep the rest of a flight: lost, and sent again as if the network had */
         w->counters->dropped[DTLS_DROP_SEND]++;
@@ -2437,7 +2786,9 @@ enum {
     KIND_LOGGED = 5,     /* so many of each are logged, */
     KIND_MS = 10000,     /* and the number of the others, once in this time */
     WALKS_MAX = 64,
-    WALK_STEP = 16 /* connections, before others have their turn */
+    WALK_STEP = 16,     /* connections, before others have their turn */
+    CID_BYTES = 8,      /* of a server's connection ID */
+    UNPROVEN_FACTOR = 3 /* so much may be sent of what came from an unproven address: RFC 9146 section 6 */
 };
 
 struct association;
@@ -2481,8 +2832,32 @@ struct source {
     uint8_t prefix_bytes;
     size_t refs;                            /* associations, and sources below it */
     size_t handshakes, open;                /* a /48 has the sum */
-    struct association *first[2], *last[2]; /* in their handshake, by age: those that sent nothing behind their
-                                             * ClientHello, and the others */
+    struct association *first[3], *last[3]; /* in their handshake, by age: those that sent nothing behind their
+                                             * ClientHello, and the others; and open ones that nothing tells apart */
+};
+
+/* The way of a datagram: the peer's address, ours, and the socket; NULL: a transport of the user's own. */
+struct path {
+    dtls_addr peer, local;
+    struct udp *udp;
+};
+
+enum move_check { CHECK_NONE, CHECK_OLD, CHECK_NEW };
+
+/* The last change of an association's path. A server's: where its peer was before, for KEEP_MS, and what may be sent to where
+ * it is now, until that is proven. A client's: its socket of before, through which answers may still come. */
+struct move {
+    struct entry entry; /* by the peer's old address; a server's */
+    struct association *a;
+    struct path old; /* proven, while a server's new one is not */
+    int64_t at;
+    uint64_t sequence;     /* of the record that showed it */
+    uint64_t in, out;      /* bytes of authentic records from the new address, and bytes that went there */
+    bool proven, kept;     /* kept: the old one is in the table */
+    enum move_check check; /* which one was asked whether the peer is there, RFC 9853, */
+    uint8_t cookie[8];     /* with this */
+    int64_t asked_at;
+    unsigned asked; /* times */
 };
 
 /* One DTLS association: an SSL, the BIO beneath it, the addresses and the socket that it speaks through, its deadlines.
@@ -2511,6 +2886,16 @@ struct association {
     size_t inbox_bytes;
     struct source *source; /* a server's; it is among the source's handshakes or its open ones */
     struct association *source_prev, *source_next;
+    struct entry cid_entry, mark_entry;
+    bool cid_listed, mark_listed,       /* it is found by its connection ID; by what its nonces have in common, */
+        blind;                          /* or by trying its keys: then it is among those of its source */
+    bool roamed;                        /* it is not where its handshake was */
+    struct move *move;                  /* NULL: none, or long ago */
+    const struct record *record;        /* at hand; NULL: none */
+    const struct path *from;            /* of the datagram at hand, where that is not its own path; NULL: it is */
+    const struct path *via;             /* what it sends leaves by this one; NULL: by its own */
+    int64_t asked_at, rebound_at;       /* a client's, in silence: it asked its peer, and took another port */
+    bool lost;                          /* a client's: the system says that its address or its way is gone */
     bool shown;                         /* the peer sent more than its ClientHello */
     bool authentic;                     /* something was, of what came since this was cleared */
     uint8_t hello_random[HELLO_RANDOM]; /* of the peer's ClientHello or ServerHello */
@@ -2556,7 +2941,7 @@ struct dtls_conn {
     int64_t started, last_in, idle_raised, unanswered_at, renewed_at;
     int64_t round_trip_us; /* the quickest answer in its handshakes; 0: not known */
     uint64_t messages_in, messages_out, bytes_in, bytes_out, resends;
-    unsigned renewals;
+    unsigned renewals, moves;
     dtls_reason reason;
     char *text;                /* why it ended; NULL: it did not, or there was no memory for it */
     struct identity *identity; /* NULL: none is known */
@@ -2631,7 +3016,11 @@ struct dtls_endpoint {
     struct object walks;
     size_t walks_len;
     struct object waiting; /* connections whose application waits until it can send again */
-    struct table associations, sources, identities, sessions;
+    struct table associations, sources, identities, sessions, cids, marks, moves;
+    struct crypt crypt;
+    uint8_t cid_prefix[DTLS_CID_MAX];
+    int64_t trials_at; /* of roam_trials, so many are left in the second since then */
+    int trials_left;
     struct session *newest, *oldest;
     size_t sessions_len;
     struct source *crowd; /* the first source with handshakes */
@@ -2662,21 +3051,39 @@ const char *dtls_drop_name(dtls_drop reason)
 
 /* Sources. */
 
-static struct source *source_get(dtls_endpoint *ep, const dtls_addr *a, uint8_t bytes)
+static uint64_t source_key(const dtls_endpoint *ep, const dtls_addr *a, uint8_t bytes, uint8_t key[17])
 {
-    uint8_t key[17] = {0};
+    memset(key, 0, 17);
     memcpy(key, a->ip, bytes);
     key[16] = bytes;
-    uint64_t hash = table_hash(&ep->sources, key, sizeof key);
-    struct source *s;
-    for (struct entry *e = table_first(&ep->sources, hash); e; e = table_next(e)) {
-        s = OWNER_OF(struct source, entry, e);
+    return table_hash(&ep->sources, key, 17);
+}
+
+static struct source *source_find_prefix(const dtls_endpoint *ep, const dtls_addr *a, uint8_t bytes)
+{
+    uint8_t key[17];
+    struct entry *e = table_first(&ep->sources, source_key(ep, a, bytes, key));
+    for (; e; e = table_next(e)) {
+        struct source *s = OWNER_OF(struct source, entry, e);
         if (s->prefix_bytes == bytes && memcmp(s->prefix, key, 16) == 0)
             return s;
     }
-    s = calloc(1, sizeof *s);
-    if (!s)
-        return NULL;
+    return NULL;
+}
+
+/* NULL: it has neither handshakes nor connections. */
+static struct source *source_find(const dtls_endpoint *ep, const dtls_addr *a)
+{
+    return source_find_prefix(ep, a, a->family == 4 ? 4 : 8);
+}
+
+static struct source *source_get(dtls_endpoint *ep, const dtls_addr *a, uint8_t bytes)
+{
+    uint8_t key[17];
+    struct source *s = source_find_prefix(ep, a, bytes);
+    if (s || !(s = calloc(1, sizeof *s)))
+        return s;
+    uint64_t hash = source_key(ep, a, bytes, key);
     memcpy(s->prefix, key, 16);
     s->prefix_bytes = bytes;
     table_add(&ep->sources, &s->entry, hash);
@@ -2710,22 +3117,30 @@ static struct source *source_of(dtls_endpoint *ep, const dtls_addr *a)
     return s;
 }
 
+/* Which of its source's lists it is in. */
+static int source_list(const struct association *a)
+{
+    return a->blind ? 2 : a->shown;
+}
+
 static void source_link(struct association *a)
 {
     struct source *s = a->source;
-    struct association *first = s->first[a->shown];
-    bool oldest = first && a->used_at < first->used_at;
-    a->source_prev = oldest ? NULL : s->last[a->shown];
+    int list = source_list(a);
+    struct association *first = s->first[list];
+    bool oldest = first && !a->blind && a->used_at < first->used_at;
+    a->source_prev = oldest ? NULL : s->last[list];
     a->source_next = oldest ? first : NULL;
-    *(a->source_prev ? &a->source_prev->source_next : &s->first[a->shown]) = a;
-    *(a->source_next ? &a->source_next->source_prev : &s->last[a->shown]) = a;
+    *(a->source_prev ? &a->source_prev->source_next : &s->first[list]) = a;
+    *(a->source_next ? &a->source_next->source_prev : &s->last[list]) = a;
 }
 
 static void source_unlink(struct association *a)
 {
     struct source *s = a->source;
-    *(a->source_prev ? &a->source_prev->source_next : &s->first[a->shown]) = a->source_next;
-    *(a->source_next ? &a->source_next->source_prev : &s->last[a->shown]) = a->source_prev;
+    int list = source_list(a);
+    *(a->source_prev ? &a->source_prev->source_next : &s->first[list]) = a->source_next;
+    *(a->source_next ? &a->source_next->source_prev : &s->last[list]) = a->source_prev;
 }
 
 static void source_count(struct association *a, bool begins)
@@ -2777,6 +3192,25 @@ static void source_opened(struct association *a)
     a->source->open++;
 }
 
+/* Whether an open one is found by trying the keys of all that are. */
+static void source_set_blind(struct association *a, bool blind)
+{
+    if (!a->source || a->blind == blind)
+        return;
+    if (a->blind)
+        source_unlink(a);
+    a->blind = blind;
+    if (blind)
+        source_link(a);
+}
+
+/* It was tried: others come first from now on. */
+static void source_tried(struct association *a)
+{
+    source_unlink(a);
+    source_link(a);
+}
+
 static void source_leave(struct association *a)
 {
     struct source *s = a->source;
@@ -2786,11 +3220,32 @@ static void source_leave(struct association *a)
         source_unlink(a);
         source_count(a, false);
     } else {
+        source_set_blind(a, false);
         s->open--;
     }
     a->source = NULL;
     s->refs--;
     source_release(a->ep, s);
+}
+
+/* An open one's peer has an address there now. False: no memory, or as many are there as may be. */
+static bool source_move(struct association *a, const dtls_addr *peer)
+{
+    dtls_endpoint *ep = a->ep;
+    struct source *s = source_of(ep, peer), *was = a->source;
+    bool blind = a->blind;
+    if (!s || s == was)
+        return s != NULL;
+    if (at_limit(s->open, ep->cfg.max_conns_per_address)) {
+        source_release(ep, s);
+        return false;
+    }
+    s->refs++;
+    s->open++;
+    source_leave(a);
+    a->source = s;
+    source_set_blind(a, blind);
+    return true;
 }
 
 static size_t source_weight(const struct source *s)
@@ -3163,11 +3618,11 @@ static void ep_log_stranger(dtls_endpoint *ep, dtls_log level, const dtls_addr *
  * ours from one port. The newest of those with the same addresses comes first: behind a restarted client's handshake
  * stands its old association. */
 
-static uint64_t assoc_hash(const dtls_endpoint *ep, const dtls_addr *peer)
+static uint64_t assoc_hash(const struct table *t, const dtls_addr *peer)
 {
     uint8_t key[ADDR_PACKED];
     addr_pack(peer, key);
-    return table_hash(&ep->associations, key, sizeof key);
+    return table_hash(t, key, sizeof key);
 }
 
 static struct association *assoc_match(struct entry *e, const dtls_addr *peer, const dtls_addr *local)
@@ -3182,12 +3637,114 @@ static struct association *assoc_match(struct entry *e, const dtls_addr *peer, c
 
 static struct association *assoc_find(const dtls_endpoint *ep, const dtls_addr *peer, const dtls_addr *local)
 {
-    return assoc_match(table_first(&ep->associations, assoc_hash(ep, peer)), peer, local);
+    return assoc_match(table_first(&ep->associations, assoc_hash(&ep->associations, peer)), peer, local);
 }
 
 static struct association *assoc_next_same(const struct association *a)
 {
     return assoc_match(table_next(&a->entry), &a->peer, &a->local);
+}
+
+static void assoc_list(struct association *a)
+{
+    table_add(&a->ep->associations, &a->entry, assoc_hash(&a->ep->associations, &a->peer));
+    a->listed = true;
+}
+
+static void assoc_unlist(struct association *a)
+{
+    if (a->listed)
+        table_remove(&a->ep->associations, &a->entry);
+    a->listed = false;
+}
+
+/* The open one at the same addresses, beside one in its handshake. */
+static struct association *assoc_open_same(struct association *a)
+{
+    while (a && a->handshake)
+        a = assoc_next_same(a);
+    return a;
+}
+
+/* The one whose place it takes when it opens. Not one that moved there: who copies a record could bring that about. */
+static struct association *assoc_predecessor(const struct association *a)
+{
+    struct association *old = assoc_open_same(assoc_next_same(a));
+    return old && !old->roamed ? old : NULL;
+}
+
+/* An open one comes to its address: whoever is open there has to be found in another way from now on, and one in its
+ * handshake stays in front. */
+static void assoc_place(struct association *a)
+{
+    struct association *first = assoc_find(a->ep, &a->peer, &a->local), *open = assoc_open_same(first);
+    assoc_unlist(a);
+    if (open)
+        assoc_unlist(open);
+    assoc_list(a);
+    if (first && first->handshake) {
+        assoc_unlist(first);
+        assoc_list(first);
+    }
+}
+
+/* Other ways to find one: its connection ID, and what the nonces of its peer's records have in common. OpenSSL and wolfSSL
+ * count those of AES-GCM from a random number on, so number less record number stays the same; others begin with 0, or with
+ * the epoch, which tells nothing. */
+
+static struct association *assoc_find_cid(const dtls_endpoint *ep, const uint8_t *cid, size_t len)
+{
+    struct entry *e = table_first(&ep->cids, table_hash(&ep->cids, cid, len));
+    for (; e; e = table_next(e)) {
+        struct association *a = OWNER_OF(struct association, cid_entry, e);
+        if (a->wire.cid_in[0] == len && memcmp(a->wire.cid_in + 1, cid, len) == 0)
+            return a;
+    }
+    return NULL;
+}
+
+/* A connection ID of its own, drawn once. False: there are no random numbers, or hardly any is free. */
+static bool assoc_draw_cid(struct association *a)
+{
+    dtls_endpoint *ep = a->ep;
+    int bytes = ep->cfg.cid_bytes, tries = 16;
+    uint8_t *cid = a->wire.cid_in + 1;
+    size_t len = bytes > 0 ? (size_t)bytes : bytes == 0 && a->wire.server ? CID_BYTES : 0;
+    size_t prefix = a->wire.server ? ep->cfg.cid_prefix_len : 0;
+    a->wire.cid_in[0] = (uint8_t)len;
+    if (a->cid_listed || len == 0)
+        return true;
+    do {
+        if (tries-- == 0 || RAND_bytes(cid, (int)len) != 1)
+            return false;
+        memcpy(cid, ep->cid_prefix, prefix);
+    } while (assoc_find_cid(ep, cid, len));
+    table_add(&ep->cids, &a->cid_entry, table_hash(&ep->cids, cid, len));
+    a->cid_listed = true;
+    return true;
+}
+
+static uint64_t assoc_mark(const struct record *r)
+{
+    return load_number(r->body, 8) - r->sequence;
+}
+
+static uint64_t assoc_mark_hash(const dtls_endpoint *ep, uint64_t mark)
+{
+    uint8_t key[8];
+    store_number(key, sizeof key, mark);
+    return table_hash(&ep->marks, key, sizeof key);
+}
+
+/* From an authentic record. */
+static void assoc_learn_mark(struct association *a, const struct record *r)
+{
+    uint64_t mark = assoc_mark(r);
+    if (a->overhead != OVERHEAD_MAX || mark == 0 || mark == (uint64_t)1 << 48)
+        return;
+    source_set_blind(a, false);
+    table_add(&a->ep->marks, &a->mark_entry, assoc_mark_hash(a->ep, mark));
+    a->mark_listed = true;
 }
 
 /* Associations. */
@@ -3203,13 +3760,18 @@ static int assoc_send(void *owner, const void *data, size_t len)
 {
     struct association *a = owner;
     dtls_endpoint *ep = a->ep;
+    const dtls_addr *local = a->via ? &a->via->local : &a->local, *peer = a->via ? &a->via->peer : &a->peer;
+    struct udp *u = a->via ? a->via->udp : a->udp;
+    struct move *m = a->via || !a->move || a->move->proven ? NULL : a->move;
     int r;
-    if (a->udp) {
-        r = udp_send(ep->loop, a->udp, data, len, &a->local, &a->peer);
+    if (m && m->out + len > UNPROVEN_FACTOR * m->in)
+        return DTLS_ERR_AGAIN;
+    if (u) {
+        r = udp_send(ep->loop, u, data, len, local, peer);
     } else {
         ep->inside = true;
         int marked = ERR_set_mark(); /* libssl would take errors that are left in the queue for its own */
-        r = ep->cfg.send(ep->cfg.user, data, len, &a->local, &a->peer);
+        r = ep->cfg.send(ep->cfg.user, data, len, local, peer);
         if (marked)
             ERR_pop_to_mark();
         else
@@ -3217,6 +3779,8 @@ static int assoc_send(void *owner, const void *data, size_t len)
         ep->inside = false;
     }
     ep->counters.datagrams_out += r == 0;
+    if (m && r == 0)
+        m->out += len;
     return r;
 }
 
@@ -3312,6 +3876,8 @@ static void assoc_destroy(struct object *o)
     SSL_free(a->ssl);
     errors_clear();
     identity_release(a->ep, a->identity);
+    record_keys_free(a->wire.keys);
+    free(a->wire.cid_out);
     free(a->refusal);
     free(a->handshake);
     free(a);
@@ -3340,24 +3906,19 @@ static struct association *assoc_new(dtls_endpoint *ep)
         return NULL;
     *a = (struct association){.object.destroy = assoc_destroy, .ep = ep, .buffers = true, .job.run = assoc_work};
     a->inbox_last = &a->inbox;
-    a->wire = (struct wire){.mtu = ep->cfg.mtu_bytes, .send = assoc_send, .owner = a, .counters = &ep->counters};
+    a->wire = (struct wire){
+        .mtu = ep->cfg.mtu_bytes, .crypt = &ep->crypt, .send = assoc_send, .owner = a, .counters = &ep->counters};
     list_init(&a->object);
     if (timer_init(ep->loop, &a->timer, assoc_fire, a) < 0) {
         free(a);
         return NULL;
     }
-    a->ssl = assoc_ssl_new(a);
+    a->ssl = a->wire.ssl = assoc_ssl_new(a);
     a->made_with = ep->trust.ctx;
     if (a->ssl)
         return a;
     assoc_destroy(&a->object);
     return NULL;
-}
-
-static void assoc_list(struct association *a)
-{
-    table_add(&a->ep->associations, &a->entry, assoc_hash(a->ep, &a->peer));
-    a->listed = true;
 }
 
 static void assoc_set_addresses(struct association *a, const dtls_addr *peer, const dtls_addr *local)
@@ -3409,15 +3970,18 @@ static void ep_tell_waiting(dtls_endpoint *ep, const struct udp *u)
 static void assoc_own_input(struct udp *u, const uint8_t *p, size_t n, const dtls_addr *from, const dtls_addr *to)
 {
     struct association *a = u->user.owner;
+    const struct path old = {a->peer, u->local, u};
     (void)from, (void)to;
     a->ep->counters.datagrams_in++;
+    a->from = u == a->udp ? NULL : &old;
     assoc_input(a, p, n);
+    a->from = NULL;
 }
 
 static void assoc_own_failed(struct udp *u, int error)
 {
     struct association *a = u->user.owner;
-    if (a->phase)
+    if (a->phase && u == a->udp)
         a->phase->failed(a, error);
 }
 
@@ -3427,19 +3991,30 @@ static void assoc_own_writable(struct udp *u)
     ep_tell_waiting(a->ep, u);
 }
 
-/* The way to the peer: a socket of its own, or the user's transport. 0 or an error. */
-static int assoc_open_path(struct association *a, const dtls_addr *peer, const dtls_addr *local, dtls_error *err)
+static int assoc_open_socket(struct association *a, const dtls_addr *peer, struct udp **u, dtls_error *err)
 {
     dtls_endpoint *ep = a->ep;
     const struct udp_user user = {assoc_own_input, assoc_own_failed, assoc_own_writable, a, &ep->counters, &ep->cfg};
     char text[DTLS_ADDR_TEXT];
-    dtls_addr_format(peer, text, sizeof text);
-    if (!ep->cfg.send && !(a->udp = udp_open(ep->loop, &user, &ep->sockets, NULL, peer)))
-        return fail(err, DTLS_ERR_SYSTEM, "%s: %s", text, strerror(errno));
-    assoc_set_addresses(a, peer, a->udp ? &a->udp->local : local);
-    int mtu = a->udp ? fd_path_mtu(a->udp->fd, peer->family == 4) : 0;
+    *u = udp_open(ep->loop, &user, &ep->sockets, NULL, peer);
+    if (!*u)
+        return fail(err, DTLS_ERR_SYSTEM, "%s: %s", dtls_addr_format(peer, text, sizeof text), strerror(errno));
+    int mtu = fd_path_mtu((*u)->fd, peer->family == 4);
     if (mtu >= MTU_MIN && mtu < a->wire.mtu)
         a->wire.mtu = mtu;
+    return 0;
+}
+
+/* The way to the peer: a socket of its own, or the user's transport. 0 or an error. */
+static int assoc_open_path(struct association *a, const dtls_addr *peer, const dtls_addr *local, dtls_error *err)
+{
+    dtls_endpoint *ep = a->ep;
+    char text[DTLS_ADDR_TEXT];
+    int r = ep->cfg.send ? 0 : assoc_open_socket(a, peer, &a->udp, err);
+    if (r < 0)
+        return r;
+    dtls_addr_format(peer, text, sizeof text);
+    assoc_set_addresses(a, peer, a->udp ? &a->udp->local : local);
     const struct association *other = a->udp ? NULL : assoc_find(ep, peer, local);
     if (other && other->conn != a->conn)
         return fail(err, DTLS_ERR_STATE, "%s: connected already", text);
@@ -3463,6 +4038,32 @@ static bool assoc_need_buffers(struct association *a)
     return true;
 }
 
+static void assoc_forget_move(struct association *a)
+{
+    struct move *m = a->move;
+    a->move = NULL;
+    if (!m)
+        return;
+    if (m->kept)
+        table_remove(&a->ep->moves, &m->entry);
+    if (m->old.udp && m->old.udp->connected)
+        udp_free(m->old.udp);
+    free(m);
+}
+
+/* Nobody finds it any more. */
+static void assoc_hide(struct association *a)
+{
+    assoc_unlist(a);
+    if (a->cid_listed)
+        table_remove(&a->ep->cids, &a->cid_entry);
+    if (a->mark_listed)
+        table_remove(&a->ep->marks, &a->mark_entry);
+    a->cid_listed = a->mark_listed = false;
+    assoc_forget_move(a);
+    source_leave(a);
+}
+
 /* Lets go of it. The peer is told where it can understand that. */
 static void assoc_end(struct association *a, dtls_reason reason)
 {
@@ -3484,10 +4085,7 @@ static void assoc_end(struct association *a, dtls_reason reason)
     a->phase = NULL;
     timer_stop(a->ep->loop, &a->timer);
     job_remove(a->ep->loop, &a->job);
-    if (a->listed)
-        table_remove(&a->ep->associations, &a->entry);
-    a->listed = false;
-    source_leave(a);
+    assoc_hide(a);
     if (a->udp && a->udp->connected)
         udp_free(a->udp);
     loop_bury(a->ep->loop, &a->object);
@@ -3684,6 +4282,64 @@ static void conn_end(dtls_conn *c, dtls_reason reason, const char *format, ...)
         conn_raise(c, DTLS_EV_FAILED, NULL, 0);
 }
 
+/* Moving. */
+
+static bool path_equal(const struct path *a, const struct path *b)
+{
+    return dtls_addr_equal(&a->peer, &b->peer) && dtls_addr_equal(&a->local, &b->local) && a->udp == b->udp;
+}
+
+/* What follows from another address: the table, the MTU, what is counted and told. */
+static void assoc_moved(struct association *a, const dtls_addr *was, const char *words, const dtls_addr *which)
+{
+    char text[LINE_BYTES], addr[DTLS_ADDR_TEXT];
+    a->conn->moves++;
+    a->ep->counters.moves++;
+    SSL_set_mtu(a->ssl, (long)wire_room(&a->wire));
+    snprintf(text, sizeof text, "%s %s", words, dtls_addr_format(which, addr, sizeof addr));
+    ep_log_stranger(a->ep, DTLS_LOG_INFO, &a->peer, text);
+    if (a->conn->state == CONN_OPEN)
+        conn_raise(a->conn, DTLS_EV_MOVED, was, sizeof *was);
+}
+
+/* A server's peer is there now, as its newest record shows, An address that it had before and that was proven stays so. False: it may not be there, or no memory. */
+static bool assoc_move(struct association *a, const struct path *to, const struct record *newest)
+{
+    const struct path was = {a->peer, a->local, a->udp};
+    bool proven = !a->move || a->move->proven, back = a->move && path_equal(&a->move->old, to);
+    if (path_equal(&was, to)) {
+        assoc_place(a);
+        return true;
+    }
+    struct move *m = malloc(sizeof *m);
+    if (!m || !source_move(a, &to->peer)) {
+        free(m);
+        return false;
+    }
+    *m = (struct move){.a = a,
+                       .old = proven ? was : a->move->old,
+                       .at = loop_now(a->ep->loop),
+                       .sequence = newest->sequence,
+                       .in = newest->size,
+                       .proven = back,
+                       .kept = true};
+    assoc_forget_move(a);
+    if (back && !proven) { /* nothing is worth keeping */
+        free(m);
+    } else {
+        a->move = m;
+        table_add(&a->ep->moves, &m->entry, assoc_hash(&a->ep->moves, &m->old.peer));
+    }
+    assoc_unlist(a);
+    assoc_set_addresses(a, &to->peer, &to->local);
+    a->udp = to->udp;
+    a->roamed = true;
+    assoc_place(a);
+    assoc_arm(a);
+    assoc_moved(a, &was.peer, "moved from", &was.peer);
+    return true;
+}
+
 /* Identities. The server's is checked against the subjectAltName only: RFC 9525 section 2 retires the common name.
  * libssl does that in a full handshake; a resumed one verifies nothing, so there it is up to us. */
 
@@ -3754,8 +4410,18 @@ static bool time_is_past(const ASN1_TIME *t)
 /* ==== 8. traffic ================================================================================================== */
 
 enum {
-    QUIET_MS = 1000,     /* without traffic: libssl's record buffers, 33 KB, go back */
-    KEY_RECORD_COST = 32 /* bytes that a record takes of its keys besides its text */
+    QUIET_MS = 1000,      /* without traffic: libssl's record buffers, 33 KB, go back */
+    KEY_RECORD_COST = 32, /* bytes that a record takes of its keys besides its text */
+    KEEP_MS = 10000,      /* after a move: what the address before is good for */
+    PATH_MESSAGE = 9,     /* bytes: type and cookie, RFC 9853 section 4 */
+    PATH_CHALLENGE = 0,
+    PATH_RESPONSE = 1,
+    PATH_DROP = 2,
+    PATHS_ASKED = 3,      /* times, before it waits for the peer's next record */
+    ASK_MIN_MS = 100,     /* for its answer; three round trips, RFC 9853 section 5.5, */
+    ASK_MS = 1000,        /* or so long where that is not known */
+    SILENCE_MS = 5000,    /* without an answer: a client doubts its way to the peer */
+    REBIND_REST_MS = 1000 /* between tries where the system has none */
 };
 
 /* The deadlines of an open connection:
@@ -3763,8 +4429,12 @@ enum {
  *   gone    idle_timeout_ms after the last authentic message the peer counts as gone, and the connection ends
  *   quiet   QUIET_MS after the last use libssl's record buffers go back; the next use allocates them again
  *   idle    idle_ms after the last authentic message DTLS_EV_IDLE is raised, and again every idle_repeat_ms
+ *   asked   the peer did not say in time whether it is at its new address
+ *   kept    KEEP_MS after a move the address of before is forgotten, and a client's socket of before
+ *   lost    a client looks for another way to its peer: where the system says that the old one is gone, or after
+ *           SILENCE_MS without an answer
  *
- * All start when the connection opens. Each authentic message moves them; what is forged moves none. */
+ * The first three start when the connection opens. Each authentic message moves them; what is forged moves none. */
 
 static int64_t traffic_gone_at(const struct association *a)
 {
@@ -3839,6 +4509,160 @@ static void traffic_read_nothing(struct association *a, int error)
         traffic_failed(a);
 }
 
+/* A message for the peer, or with `as` a record of that type, by way of `via`. */
+static int traffic_seal(struct association *a, const void *data, size_t len, unsigned as, const struct path *via)
+{
+    if (!assoc_need_buffers(a)) {
+        conn_end(a->conn, DTLS_CLOSE_ERROR, "out of memory");
+        return DTLS_ERR_TLS;
+    }
+    if (!traffic_spend(a, &a->keys.out, len))
+        return DTLS_ERR_TLS;
+    errors_clear();
+    a->wire.as = as;
+    a->via = via;
+    int n = SSL_write(a->ssl, data, (int)len);
+    a->wire.as = 0;
+    a->via = NULL;
+    int e = n > 0 ? SSL_ERROR_NONE : SSL_get_error(a->ssl, n);
+    if (e == SSL_ERROR_NONE)
+        return 0;
+    if (e == SSL_ERROR_WANT_WRITE || e == SSL_ERROR_WANT_READ)
+        return DTLS_ERR_AGAIN;
+    traffic_failed(a);
+    return DTLS_ERR_TLS;
+}
+
+/* Whether the peer is where it seems to be: the Return Routability Check, RFC 9853. The old address is asked first (section
+ * 5.2): where a peer answers from there, a copied record only made it look as if it had moved, and that answer moves it
+ * back. Where nobody does, or the peer says that it left, the new one is asked (section 5.1). */
+
+static void traffic_send_path(struct association *a, uint8_t type, const uint8_t cookie[8], const struct path *via)
+{
+    uint8_t message[PATH_MESSAGE] = {type};
+    memcpy(message + 1, cookie, 8);
+    traffic_seal(a, message, sizeof message, TYPE_RRC, via);
+}
+
+static void traffic_ask(struct association *a, enum move_check check)
+{
+    struct move *m = a->move;
+    if (RAND_bytes(m->cookie, sizeof m->cookie) != 1)
+        return;
+    m->asked = check == m->check ? m->asked + 1 : 1;
+    m->check = check;
+    m->asked_at = loop_now(a->ep->loop);
+    traffic_send_path(a, PATH_CHALLENGE, m->cookie, check == CHECK_OLD ? &m->old : NULL);
+    if (a->phase)
+        assoc_arm(a);
+}
+
+static int64_t traffic_patience(const struct association *a)
+{
+    int64_t round_trip = a->conn->round_trip_us;
+    if (round_trip == 0)
+        return us(ASK_MS);
+    return round_trip * 3 > us(ASK_MIN_MS) ? round_trip * 3 : us(ASK_MIN_MS);
+}
+
+static int64_t traffic_asked_at(const struct association *a)
+{
+    const struct move *m = a->move;
+    return m && !m->proven && m->check != CHECK_NONE ? m->asked_at + traffic_patience(a) : INT64_MAX;
+}
+
+static void traffic_asked(struct association *a, int64_t now)
+{
+    (void)now;
+    if (a->move->check == CHECK_OLD || a->move->asked < PATHS_ASKED)
+        traffic_ask(a, CHECK_NEW);
+    else
+        a->move->check = CHECK_NONE;
+}
+
+static void traffic_proven(struct association *a)
+{
+    a->move->proven = true;
+    a->move->check = CHECK_NONE;
+    assoc_arm(a);
+    conn_tell_writable(a->conn);
+}
+
+static void traffic_hear_path(struct association *a, const uint8_t *p, size_t n)
+{
+    const struct move *m = a->move;
+    if (n != PATH_MESSAGE)
+        return;
+    bool ours = m && m->check != CHECK_NONE && CRYPTO_memcmp(p + 1, m->cookie, 8) == 0;
+    if (p[0] == PATH_CHALLENGE) /* a client that left its old socket says so */
+        traffic_send_path(a, a->from && !a->conn->server ? PATH_DROP : PATH_RESPONSE, p + 1, a->from);
+    else if (p[0] == PATH_RESPONSE && ours && m->check == CHECK_NEW && !a->from)
+        traffic_proven(a);
+    else if (p[0] == PATH_DROP && ours && m->check == CHECK_OLD)
+        traffic_ask(a, CHECK_NEW);
+}
+
+static int64_t traffic_kept_at(const struct association *a)
+{
+    const struct move *m = a->move;
+    return m && (m->kept || m->proven) ? m->at + us(KEEP_MS) : INT64_MAX;
+}
+
+static void traffic_kept(struct association *a, int64_t now)
+{
+    struct move *m = a->move;
+    (void)now;
+    if (m->proven) {
+        assoc_forget_move(a);
+        return;
+    }
+    table_remove(&a->ep->moves, &m->entry);
+    m->kept = false;
+}
+
+/* What arrives. */
+
+/* An authentic record tells where its peer is: a second one that an address is no accident. */
+static void traffic_seen(struct association *a, const struct record *r)
+{
+    struct move *m = a->move;
+    wire_note(&a->wire, r->sequence);
+    if (a->blind)
+        assoc_learn_mark(a, r);
+    if (!m || m->proven || a->from)
+        return;
+    m->in += r->sequence > m->sequence ? r->size : 0;
+    if (!a->wire.rrc && r->sequence > m->sequence)
+        traffic_proven(a);
+    else if (a->wire.rrc && m->check == CHECK_NONE)
+        traffic_ask(a, CHECK_OLD);
+}
+
+/* An authentic message. False: the connection is over, or has another association. */
+static bool traffic_arrived(struct association *a, const uint8_t *message, size_t n)
+{
+    dtls_conn *c = a->conn;
+    a->authentic = true;
+    a->lost = false;
+    c->last_in = c->ep->loop->now;
+    c->unanswered = c->doubted = false;
+    c->messages_in += n > 0;
+    c->bytes_in += n;
+    if (!traffic_spend(a, &a->keys.in, n))
+        return false;
+    if (a->record)
+        traffic_seen(a, a->record);
+    if (n > 0 && c->state == CONN_OPEN) /* an empty record is legal, says that the peer is alive, and nothing else */
+        conn_raise(c, DTLS_EV_MESSAGE, message, n);
+    return c->state == CONN_OPEN && c->open == a;
+}
+
+static void traffic_forged(struct association *a)
+{
+    if (--a->keys.forged == 0)
+        conn_end(a->conn, DTLS_CLOSE_KEYS, "the keys have refused as many forgeries as they safely can");
+}
+
 /* Reads all there is. After a single record (`only`) a look at what libssl has buffered saves a second SSL_read. */
 static void traffic_read(struct association *a, bool only)
 {
@@ -3855,61 +4679,87 @@ static void traffic_read(struct association *a, bool only)
             traffic_read_nothing(a, SSL_get_error(a->ssl, r));
             return;
         }
-        a->authentic = true;
-        c->last_in = c->ep->loop->now;
-        c->unanswered = c->doubted = false;
-        c->messages_in += n > 0;
-        c->bytes_in += n;
-        if (!traffic_spend(a, &a->keys.in, n))
-            return;
-        if (n > 0) /* an empty record is legal, says that the peer is alive, and nothing else */
-            conn_raise(c, DTLS_EV_MESSAGE, message, n);
-        if (only && !a->wire.in && c->state == CONN_OPEN && !SSL_has_pending(a->ssl))
+        if (!traffic_arrived(a, message, n) || (only && !a->wire.in && !SSL_has_pending(a->ssl)))
             return;
     }
 }
 
-static void traffic_take(struct association *a, const uint8_t *p, size_t n)
+static void traffic_take(struct association *a, const struct record *r)
 {
     if (!assoc_need_buffers(a)) {
         conn_end(a->conn, DTLS_CLOSE_ERROR, "out of memory");
         return;
     }
-    a->wire.in = p;
-    a->wire.in_len = n;
+    a->wire.in = r->start;
+    a->wire.in_len = r->size;
     a->wire.in_renumber = false;
-    bool before = a->authentic;
-    a->authentic = false;
     traffic_read(a, true);
     a->wire.in = NULL;
-    if (!a->authentic && a->conn->state == CONN_OPEN && --a->keys.forged == 0)
-        conn_end(a->conn, DTLS_CLOSE_KEYS, "the keys have refused as many forgeries as they safely can");
+}
+
+/* One that libssl opens. */
+static void traffic_plain(struct association *a, const struct record *r)
+{
+    int verdict = guard_open(a->overhead, r);
+    if (verdict == GUARD_PASS && a->wire.cid && a->wire.cid_in[0] > 0)
+        verdict = DTLS_DROP_CID;
+    if (verdict != GUARD_PASS) {
+        ep_count(a->ep, (dtls_drop)verdict);
+        return;
+    }
+    bool before = a->authentic;
+    a->authentic = false;
+    traffic_take(a, r);
+    if (!a->authentic && a->conn->state == CONN_OPEN)
+        traffic_forged(a);
     a->authentic = a->authentic || before;
 }
 
-/* One datagram through the guard: runs of good records go to libssl together, most often the datagram as it is, but no
- * more than it reads at once. */
+/* One that we open. Alerts, handshake messages and messages that are too long are libssl's business. */
+static void traffic_opened(struct association *a, const struct record *r)
+{
+    uint8_t text[RECORD_BODY_MAX + 1], form[RECORD_HEADER + RECORD_BODY_MAX];
+    struct wire *w = &a->wire;
+    struct record plain;
+    size_t n;
+    unsigned type;
+    bool fresh = wire_is_fresh(w, r->sequence), opens = fresh && wire_open(w, false, r, text, &n, &type);
+    if (fresh && !opens)
+        traffic_forged(a);
+    if (!opens) {
+        ep_count(a->ep, DTLS_DROP_CID);
+        return;
+    }
+    a->authentic = true;
+    if (type == TYPE_DATA && n <= DTLS_MESSAGE_MAX) {
+        traffic_arrived(a, text, n);
+    } else if (type == TYPE_RRC && w->rrc) {
+        if (traffic_arrived(a, text, 0))
+            traffic_hear_path(a, text, n);
+    } else if (type >= TYPE_ALERT && type <= TYPE_DATA && wire_plain(w, r, type, text, n, form, &plain)) {
+        traffic_seen(a, r);
+        a->record = NULL;
+        if (a->phase)
+            traffic_take(a, &plain);
+    }
+}
+
+/* One datagram, record by record. */
 static void traffic_input(struct association *a, const uint8_t *p, size_t n)
 {
-    const uint8_t *run = p;
     struct record r;
-    for (; n > 0 && a->conn->state == CONN_OPEN; p += r.size, n -= r.size) {
-        if (!record_parse(p, n, &r)) {
+    for (; n > 0 && a->conn->state == CONN_OPEN && a->phase; p += r.size, n -= r.size) {
+        if (!wire_parse(&a->wire, p, n, &r)) {
             ep_count(a->ep, record_drop(p, n));
-            break; /* what follows cannot be found */
+            return; /* what follows cannot be found */
         }
-        int verdict = guard_open(a->overhead, &r);
-        bool passes = verdict == GUARD_PASS;
-        if (passes && (size_t)(p - run) + r.size <= RECORD_HEADER + RECORD_BODY_MAX)
-            continue;
-        if (!passes)
-            ep_count(a->ep, (dtls_drop)verdict);
-        if (p > run)
-            traffic_take(a, run, (size_t)(p - run));
-        run = passes ? p : p + r.size;
+        a->record = &r;
+        if (r.type == TYPE_CID || r.type == TYPE_RRC)
+            traffic_opened(a, &r);
+        else
+            traffic_plain(a, &r);
+        a->record = NULL;
     }
-    if (a->conn->state == CONN_OPEN && p > run)
-        traffic_take(a, run, (size_t)(p - run));
 }
 
 static size_t traffic_work(struct association *a, const uint8_t *p, size_t n)
@@ -3918,14 +4768,101 @@ static size_t traffic_work(struct association *a, const uint8_t *p, size_t n)
     return n;
 }
 
-/* ICMP may tell that nobody listens there any more, or be forged. It ends nothing, but makes us ask. Not where the system
- * is short of buffers or a network is away for a while: that tells nothing about the peer. */
+/* A client's other way to its peer: a new socket, which has another port, and another address if the system now takes
+ * another way there. With `if_new` only in that case; 1: it was not. */
+static int traffic_rebind(struct association *a, bool if_new, dtls_error *err)
+{
+    const struct path was = {a->peer, a->local, a->udp};
+    struct udp *u;
+    int r = assoc_open_socket(a, &a->peer, &u, err);
+    a->rebound_at = loop_now(a->ep->loop);
+    if (r < 0)
+        return r;
+    struct move *m = if_new && memcmp(u->local.ip, a->local.ip, sizeof a->local.ip) == 0 ? NULL : malloc(sizeof *m);
+    if (!m) {
+        udp_free(u);
+        return if_new ? 1 : fail(err, DTLS_ERR_MEMORY, "out of memory");
+    }
+    assoc_forget_move(a); /* its socket, too */
+    *m = (struct move){.a = a, .old = was, .at = a->rebound_at, .proven = true};
+    a->move = m;
+    a->udp = u;
+    a->local = u->local;
+    a->lost = false;
+    assoc_arm(a);
+    assoc_moved(a, &was.local, "goes on from", &a->local);
+    return 0;
+}
+
+/* Asks the peer for a sign of life, which tells it where we are. */
+static void traffic_call(struct association *a)
+{
+    uint8_t cookie[8];
+    if (a->phase && a->wire.rrc && RAND_bytes(cookie, sizeof cookie) == 1)
+        traffic_send_path(a, PATH_CHALLENGE, cookie, NULL);
+}
+
+/* Without an answer a client looks whether its way to the peer is another one now; a peer that can be asked is asked, and
+ * where it has a connection ID and says nothing, it may be a NAT that does not let its answers through any more: then another
+ * port helps. Others would not know us there. */
+static int64_t traffic_lost_at(const struct association *a)
+{
+    const dtls_conn *c = a->conn;
+    int64_t silent = c->unanswered_at;
+    int wait = c->ep->cfg.unanswered_ms;
+    if (c->server || !a->udp || c->dial)
+        return INT64_MAX;
+    if (a->lost)
+        return a->rebound_at + us(REBIND_REST_MS);
+    if (!c->unanswered)
+        return INT64_MAX;
+    if (a->asked_at < silent)
+        return silent + us(SILENCE_MS);
+    if (a->wire.cid_out_len == 0 || (!a->wire.rrc && (wait <= 0 || a->rebound_at >= silent)))
+        return INT64_MAX;
+    if (!a->wire.rrc)
+        return silent + us(SILENCE_MS > wait / 2 ? SILENCE_MS : wait / 2);
+    return a->rebound_at < silent ? a->asked_at + traffic_patience(a) : a->rebound_at + us(SILENCE_MS);
+}
+
+static void traffic_lost(struct association *a, int64_t now)
+{
+    dtls_error err;
+    bool look = a->lost || a->asked_at < a->conn->unanswered_at;
+    int64_t rebound_at = a->rebound_at;
+    if (!a->lost)
+        a->asked_at = now;
+    bool lost = a->lost;
+    int r = traffic_rebind(a, look, &err);
+    if (r == 1) {
+        a->lost = false;
+        a->rebound_at = lost ? now : rebound_at;
+    }
+    if (a->phase)
+        traffic_call(a);
+}
+
+/* ICMP may tell that nobody listens there any more, or be forged. It ends nothing, but makes us ask. What tells of our own
+ * address or way makes us look for another one. Not where the system is short of buffers. */
 static void traffic_socket_failed(struct association *a, int error)
 {
-    if (error == ECONNREFUSED) {
-        a->conn->doubted = true;
-        assoc_arm(a);
-    }
+    a->conn->doubted = a->conn->doubted || error == ECONNREFUSED;
+    a->lost = a->lost || error == ENETUNREACH || error == EHOSTUNREACH || error == EADDRNOTAVAIL || error == ENETDOWN ||
+              error == EINVAL;
+    assoc_arm(a);
+}
+
+int dtls_conn_rebind(dtls_conn *c)
+{
+    dtls_error err;
+    if (c->server || c->state != CONN_OPEN || !c->open->udp || c->ep->inside)
+        return DTLS_ERR_STATE;
+    loop_enter(c->ep->loop);
+    int r = traffic_rebind(c->open, false, &err);
+    if (r == 0)
+        traffic_call(c->open);
+    loop_leave(c->ep->loop);
+    return r;
 }
 
 /* What the application does. */
@@ -3936,31 +4873,19 @@ static void traffic_expect(struct association *a)
     dtls_conn *c = a->conn;
     c->unanswered = true;
     c->unanswered_at = c->ep->loop->now;
-    if (!c->server && (c->doubted || c->ep->cfg.unanswered_ms > 0))
+    if (!c->server && (c->doubted || c->ep->cfg.unanswered_ms > 0 || !a->timer.slot ||
+                       a->timer.at_us > c->unanswered_at + us(SILENCE_MS)))
         assoc_arm(a);
 }
 
 static int traffic_write(struct association *a, const void *data, size_t len)
 {
     dtls_conn *c = a->conn;
-    if (!assoc_need_buffers(a)) {
-        conn_end(c, DTLS_CLOSE_ERROR, "out of memory");
-        return DTLS_ERR_TLS;
-    }
-    if (!traffic_spend(a, &a->keys.out, len))
-        return DTLS_ERR_TLS;
-    errors_clear();
-    int n = SSL_write(a->ssl, data, (int)len);
-    int e = n > 0 ? SSL_ERROR_NONE : SSL_get_error(a->ssl, n);
-    if (e == SSL_ERROR_WANT_WRITE || e == SSL_ERROR_WANT_READ) {
-        if (a->udp)
-            conn_waits(c);
-        return DTLS_ERR_AGAIN;
-    }
-    if (e != SSL_ERROR_NONE) {
-        traffic_failed(a);
-        return DTLS_ERR_TLS;
-    }
+    int r = traffic_seal(a, data, len, 0, NULL);
+    if (r == DTLS_ERR_AGAIN && (a->udp || (a->move && !a->move->proven)))
+        conn_waits(c);
+    if (r < 0)
+        return r;
     c->messages_out++;
     c->bytes_out += len;
     if (!c->unanswered)
@@ -3993,8 +4918,12 @@ void dtls_conn_close(dtls_conn *c)
 
 size_t dtls_conn_payload_max(const dtls_conn *c)
 {
-    size_t n = c->state == CONN_OPEN ? DTLS_get_data_mtu(c->open->ssl) : 0;
-    size_t max = c->state == CONN_OPEN ? c->open->message_max : 0;
+    if (c->state != CONN_OPEN)
+        return 0;
+    const struct wire *w = &c->open->wire;
+    size_t n = DTLS_get_data_mtu(c->open->ssl), max = c->open->message_max;
+    size_t more = w->cid_out_len ? w->cid_out_len + 1u : 0; /* libssl does not know of */
+    n = n > more ? n - more : 0;
     return n < max ? n : max;
 }
 
@@ -4034,6 +4963,9 @@ static void traffic_describe(const dtls_conn *c, const struct association *a, co
                         .round_trip_us = c->round_trip_us,
                         .resends = c->resends,
                         .renewals = c->renewals,
+                        .moves = c->moves,
+                        .cid_in = a->wire.cid ? a->wire.cid_in[0] : -1,
+                        .cid_out = a->wire.cid ? a->wire.cid_out_len : -1,
                         .messages_in = c->messages_in,
                         .messages_out = c->messages_out,
                         .bytes_in = c->bytes_in,
@@ -4385,8 +5317,8 @@ static bool hs_is_too_many(const struct association *a, char text[REASON_BYTES])
 {
     const dtls_config *cfg = &a->ep->cfg;
     const struct identity *id = a->identity;
-    const struct association *old = assoc_next_same(a);
-    size_t replaced = old && !old->handshake;
+    const struct association *old = assoc_predecessor(a);
+    size_t replaced = old != NULL;
     if (a->source && at_limit(a->source->open - replaced, cfg->max_conns_per_address))
         snprintf(text, REASON_BYTES, "refused: max_conns_per_address (%d) is reached", cfg->max_conns_per_address);
     else if (a->source && id &&
@@ -4485,12 +5417,11 @@ static int hs_advance(struct association *a)
     return r == 1 ? SSL_ERROR_NONE : SSL_get_error(a->ssl, r);
 }
 
-/* Nonce and tag of the suite's records, RFC 5288, 6655, 7905. */
+/* Nonce and tag of the suite's records. */
 static size_t hs_record_overhead(const SSL_CIPHER *cipher)
 {
-    bool short_one = SSL_CIPHER_get_cipher_nid(cipher) == NID_chacha20_poly1305 ||
-                     strstr(SSL_CIPHER_get_name(cipher), "CCM8") != NULL;
-    return short_one ? OVERHEAD_MIN : OVERHEAD_MAX;
+    const struct aead *aead = aead_of(cipher);
+    return aead ? (size_t)aead->explicit + aead->tag : OVERHEAD_MAX;
 }
 
 /* The largest message: the peer may take less than a record holds (max_fragment_length, RFC 6066 section 4), and so may
@@ -4544,11 +5475,13 @@ static void hs_take_over(struct association *a)
     a->overhead = hs_record_overhead(SSL_get_current_cipher(a->ssl));
     a->message_max = hs_message_max(a->ssl);
     a->keys = hs_key_use(SSL_get_current_cipher(a->ssl));
+    source_set_blind(a, !(a->wire.cid && a->wire.cid_in[0] > 0));
     for (struct association *t = c->tries; t; t = t->older)
         if (t != a)
             assoc_end(t, DTLS_CLOSE_REPLACED);
     c->tries = NULL;
     c->open = a;
+    a->wire.rrc = a->wire.rrc && a->wire.cid;
     if (old)
         assoc_end(old, DTLS_CLOSE_LOCAL);
     dial_end(c);
@@ -4588,9 +5521,11 @@ static void hs_open(struct association *a)
         return;
     }
     /* The callbacks in here may end it; until it is open the application does not know it. */
-    struct association *old = assoc_next_same(a);
+    struct association *old = assoc_predecessor(a), *other = assoc_open_same(assoc_next_same(a));
     if (old && old->conn != c) /* RFC 6347 section 4.2.8 */
         hs_give_way(old);
+    else if (other && other->conn != c)
+        assoc_unlist(other);
     if (a->phase && c->dial && c->dial->warning[0])
         assoc_log(a, DTLS_LOG_WARNING, "not verified: %s", c->dial->warning);
     if (a->phase)
@@ -4713,6 +5648,7 @@ static bool hs_new(struct association *a)
         return false;
     h->asked_at = h->step_at = a->used_at = a->conn->server ? a->conn->started : loop_now(a->ep->loop);
     h->earned = UNPROVEN_RESENDS;
+    a->wire.server = a->conn->server;
     a->phase = &hs_phase;
     return true;
 }
@@ -5220,20 +6156,39 @@ static void hs_drop(struct association *a, dtls_drop reason)
     ep_count(a->ep, reason);
 }
 
+/* A record with our connection ID, in the form that libssl knows; any other as it is. False: it is not authentic, comes too
+ * early or again, or lacks the ID. */
+static bool hs_opens(struct association *a, const struct record *r, uint8_t *form, struct record *plain)
+{
+    uint8_t text[RECORD_BODY_MAX + 1];
+    struct wire *w = &a->wire;
+    size_t n;
+    unsigned type;
+    *plain = *r;
+    if (r->type != TYPE_CID)
+        return r->epoch == 0 || !w->cid || w->cid_in[0] == 0;
+    if (!wire_is_fresh(w, r->sequence) || !wire_open(w, false, r, text, &n, &type) || type < TYPE_ALERT ||
+        type > TYPE_DATA || !wire_plain(w, r, type, text, n, form, plain))
+        return false;
+    wire_note(w, r->sequence);
+    return true;
+}
+
 /* A datagram that waited, up to the first record that gets to libssl. Each goes alone through the guard, since it may change
  * the state that the next one is checked against. What follows when the connection has opened is for that. */
 static size_t hs_work(struct association *a, const uint8_t *p, size_t n)
 {
-    struct record r;
+    uint8_t form[RECORD_HEADER + RECORD_BODY_MAX];
+    struct record r, plain;
     for (size_t at = 0; at < n && hs_under_way(a); at += r.size) {
-        if (!record_parse(p + at, n - at, &r)) {
+        if (!wire_parse(&a->wire, p + at, n - at, &r)) {
             hs_drop(a, record_drop(p + at, n - at));
             return n; /* what follows cannot be found */
         }
         struct guard g = hs_guard(a);
-        int verdict = guard_handshake(&g, &r);
+        int verdict = hs_opens(a, &r, form, &plain) ? guard_handshake(&g, &plain) : DTLS_DROP_CID;
         if (verdict == GUARD_PASS) {
-            hs_take(a, &r, g.keyed);
+            hs_take(a, &plain, g.keyed);
             return at + r.size;
         }
         hs_drop(a, verdict == GUARD_CLAIM ? DTLS_DROP_ALERT : (dtls_drop)verdict);
@@ -5257,8 +6212,8 @@ static void hs_input(struct association *a, const uint8_t *p, size_t n)
         ep_count(a->ep, DTLS_DROP_HANDSHAKE);
         return;
     }
-    for (size_t at = 0; at < n && record_parse(p + at, n - at, &r); at += r.size) {
-        int verdict = guard_handshake(&g, &r);
+    for (size_t at = 0; at < n && wire_parse(&a->wire, p + at, n - at, &r); at += r.size) {
+        int verdict = r.type == TYPE_CID ? GUARD_PASS : guard_handshake(&g, &r);
         if (verdict == GUARD_PASS || (verdict == GUARD_CLAIM && a->inbox)) { /* a claim is about what came before it */
             assoc_post(a, p, n);
             return;
@@ -5320,11 +6275,10 @@ static void hs_renew_now(struct association *a, int64_t now)
     hs_renew(a->conn, &err);
 }
 
-static const struct rule open_rules[] = {{traffic_gone_at, traffic_gone},
-                                         {traffic_quiet_at, traffic_quiet},
-                                         {traffic_idle_at, traffic_idle},
-                                         {hs_renew_at, hs_renew_now},
-                                         {NULL, NULL}};
+static const struct rule open_rules[] = {{traffic_gone_at, traffic_gone}, {traffic_quiet_at, traffic_quiet},
+                                         {traffic_idle_at, traffic_idle}, {traffic_asked_at, traffic_asked},
+                                         {traffic_kept_at, traffic_kept}, {traffic_lost_at, traffic_lost},
+                                         {hs_renew_at, hs_renew_now},     {NULL, NULL}};
 
 static const struct phase open_phase = {open_rules, traffic_input, traffic_work, traffic_socket_failed};
 
@@ -5343,6 +6297,9 @@ int dtls_conn_renew(dtls_conn *c)
 
 enum {
     ALPN_BYTES = 1024,
+    EXTENSION_CID = 54,          /* RFC 9146 */
+    EXTENSION_RRC = 61,          /* RFC 9853 */
+    CID_CHANCE = 4,              /* bytes of a connection ID that are random */
     BYTES_PER_CERTIFICATE = 1600 /* of a chain: five certificates in 8 KB */
 };
 
@@ -5372,6 +6329,14 @@ static int config_check(dtls_config *cfg, dtls_error *err)
     config_default(&cfg->max_chain_bytes, 8192);
     config_default(&cfg->max_conns_per_address, cfg->max_conns / 2 + 1);
     config_default(&cfg->max_conns_per_identity, cfg->max_conns / 2 + 1);
+    config_default(&cfg->roam_trials, 20000);
+    config_default(&cfg->roam_trials_each, 256);
+    if (cfg->cid_bytes < DTLS_CID_EMPTY || cfg->cid_bytes > DTLS_CID_MAX)
+        return fail(err, DTLS_ERR_ARG, "a connection ID has at most %d bytes", DTLS_CID_MAX);
+    if (cfg->cid_prefix_len > 0 &&
+        (!cfg->cid_prefix || cfg->cid_bytes < 0 ||
+         cfg->cid_prefix_len + CID_CHANCE > (size_t)(cfg->cid_bytes > 0 ? cfg->cid_bytes : CID_BYTES)))
+        return fail(err, DTLS_ERR_ARG, "cid_prefix must leave %d bytes of a connection ID to chance", CID_CHANCE);
     if (cfg->mtu_bytes < MTU_MIN || cfg->mtu_bytes > 65535)
         return fail(err, DTLS_ERR_ARG, "the MTU must be 256 to 65535 bytes");
     if (cfg->max_chain_bytes < 512 || cfg->max_chain_bytes > 65536)
@@ -5384,7 +6349,7 @@ static int config_check(dtls_config *cfg, dtls_error *err)
         return fail(err, DTLS_ERR_ARG, "a timer in the configuration is out of range");
     if (cfg->max_conns < 1 || cfg->max_handshakes < 1 || cfg->datagrams_per_turn < 1 || cfg->send_queue_bytes < 1 ||
         cfg->socket_buffer_bytes < 1 || cfg->session_cache < DTLS_NEVER || cfg->max_conns_per_address < DTLS_NEVER ||
-        cfg->max_conns_per_identity < DTLS_NEVER)
+        cfg->max_conns_per_identity < DTLS_NEVER || cfg->roam_trials < DTLS_NEVER || cfg->roam_trials_each < 1)
         return fail(err, DTLS_ERR_ARG, "a limit in the configuration is out of range");
     return 0;
 }
@@ -5821,6 +6786,78 @@ static void ctx_message(int outgoing, int version, int type, const void *bytes, 
     }
 }
 
+/* Connection IDs. A client offers its own, a server answers with its own, and each puts the other's into its records. Only with
+ * suites whose records we can open; those that on_ssl_ctx brought may be of another kind. */
+
+static bool ctx_may_have_cid(SSL *ssl)
+{
+    const STACK_OF(SSL_CIPHER) *suites = SSL_get_ciphers(ssl);
+    const SSL_CIPHER *chosen = SSL_get_pending_cipher(ssl);
+    for (int i = 0; !chosen && i < sk_SSL_CIPHER_num(suites); i++)
+        if (!aead_of(sk_SSL_CIPHER_value(suites, i)) &&
+            strcmp(SSL_CIPHER_get_version(sk_SSL_CIPHER_value(suites, i)), "TLSv1.3") != 0)
+            return false;
+    return !chosen || aead_of(chosen);
+}
+
+static int ctx_cid_add(SSL *ssl, unsigned type, unsigned context, const unsigned char **out, size_t *len, X509 *cert,
+                       size_t chain, int *alert, void *user)
+{
+    struct association *a = assoc_of(ssl);
+    bool server = context & SSL_EXT_TLS1_2_SERVER_HELLO;
+    (void)cert, (void)chain, (void)alert, (void)user;
+    *out = a->wire.cid_in;
+    *len = 0;
+    if (type == EXTENSION_RRC) {
+        a->wire.rrc = a->wire.rrc && a->wire.cid;
+        return server ? a->wire.rrc : a->wire.offers;
+    }
+    if (!ctx_may_have_cid(ssl) || !assoc_draw_cid(a)) {
+        free(a->wire.cid_out); /* the client's, which is not agreed upon */
+        a->wire.cid_out = NULL;
+        a->wire.cid_out_len = 0;
+        return 0;
+    }
+    a->wire.offers = !server;
+    a->wire.cid = server;
+    *len = 1u + a->wire.cid_in[0];
+    return 1;
+}
+
+static int ctx_cid_parse(SSL *ssl, unsigned type, unsigned context, const unsigned char *in, size_t len, X509 *cert,
+                         size_t chain, int *alert, void *user)
+{
+    struct wire *w = &assoc_of(ssl)->wire;
+    (void)cert, (void)chain, (void)user;
+    *alert = SSL_AD_DECODE_ERROR;
+    if (type == EXTENSION_RRC) {
+        w->rrc = true;
+        return len == 0;
+    }
+    if (len < 1 || len != 1u + in[0])
+        return 0;
+    uint8_t *copy = malloc(len);
+    *alert = SSL_AD_INTERNAL_ERROR;
+    if (!copy)
+        return 0;
+    memcpy(copy, in + 1, len - 1);
+    free(w->cid_out);
+    w->cid_out = copy;
+    w->cid_out_len = in[0];
+    w->cid = context & SSL_EXT_TLS1_2_SERVER_HELLO;
+    return 1;
+}
+
+static int ctx_set_cid(SSL_CTX *ctx, const dtls_config *cfg, dtls_error *err)
+{
+    const unsigned where = SSL_EXT_CLIENT_HELLO | SSL_EXT_TLS1_2_SERVER_HELLO;
+    if (cfg->cid_bytes != DTLS_NEVER &&
+        (SSL_CTX_add_custom_ext(ctx, EXTENSION_CID, where, ctx_cid_add, NULL, NULL, ctx_cid_parse, NULL) != 1 ||
+         SSL_CTX_add_custom_ext(ctx, EXTENSION_RRC, where, ctx_cid_add, NULL, NULL, ctx_cid_parse, NULL) != 1))
+        return fail(err, DTLS_ERR_TLS, "this OpenSSL takes no extension for connection IDs");
+    return 0;
+}
+
 /* What on_ssl_ctx may change later. */
 static int ctx_defaults(SSL_CTX *ctx, const dtls_config *cfg, const struct trust *t, dtls_error *err)
 {
@@ -5866,6 +6903,7 @@ static int ctx_defaults(SSL_CTX *ctx, const dtls_config *cfg, const struct trust
 
 enum {
     COOKIE_BYTES = 16,          /* keeps a HelloVerifyRequest (44 bytes) below any ClientHello */
+    BLIND_AHEAD = 4096,         /* records that may have been lost, where keys are tried */
     HELLO_SEQUENCE_MAX = 0xffff /* libssl goes on counting from the ClientHello's record */
 };
 
@@ -5966,7 +7004,7 @@ static bool ep_admit(struct association *a, const struct record *hello, struct a
 {
     dtls_endpoint *ep = a->ep;
     struct source *s = source_of(ep, &a->peer);
-    bool replaces = old && !old->handshake;
+    bool replaces = old && !old->handshake && !old->roamed;
     int64_t since = old && old->handshake ? old->used_at : INT64_MAX;
     if (!s)
         return false;
@@ -6044,26 +7082,145 @@ static struct association *ep_hello_of(struct association *a, const struct recor
 
 /* Datagrams. */
 
-/* Where there are two, each takes what it has the keys for. The open one comes first: somebody may have started the other
- * in its peer's name. */
-static void ep_give(struct association *a, const uint8_t *p, size_t n)
+static bool ep_is_there(const struct association *a, const struct path *path)
 {
-    struct association *open = assoc_next_same(a);
+    const struct path own = {a->peer, a->local, a->udp};
+    return path_equal(&own, path);
+}
+
+/* A datagram from there. */
+static void ep_pass(struct association *a, const struct path *from, const uint8_t *p, size_t n)
+{
+    a->from = ep_is_there(a, from) ? NULL : from;
+    assoc_input(a, p, n);
+    a->from = NULL;
+}
+
+/* Where there are two, each takes what it has the keys for. The open one comes first: somebody may have started the other
+ * in its peer's name. False: there is only the open one, and nothing was for it. */
+static bool ep_give(struct association *a, const uint8_t *p, size_t n)
+{
+    struct association *open = assoc_open_same(a);
     if (open) {
         open->authentic = false;
         assoc_input(open, p, n);
     }
-    if (!open || !open->authentic)
-        assoc_input(a, p, n);
+    if (open && (open->authentic || open == a))
+        return open->authentic || !open->phase;
+    assoc_input(a, p, n);
+    return true;
+}
+
+/* Peers that come from another address. */
+
+/* Keys may be tried only so often: whoever sends datagrams can ask for it. */
+static bool ep_may_try(dtls_endpoint *ep)
+{
+    int64_t now = ep->loop->now;
+    if (now - ep->trials_at >= us(1000)) {
+        ep->trials_at = now;
+        ep->trials_left = ep->cfg.roam_trials;
+    }
+    if (ep->trials_left == 0)
+        return false;
+    ep->trials_left--;
+    return true;
+}
+
+/* The association's peer sent this, and nothing newer was there before: then its address is that of the datagram, to which
+ * it is moved. The record at its old address may be the newest one itself, of which somebody sent a copy from elsewhere. */
+static bool ep_is_from(struct association *a, const struct record *r, const struct path *from)
+{
+    uint8_t text[RECORD_BODY_MAX + 1];
+    size_t n;
+    unsigned type;
+    bool back = a->move && path_equal(&a->move->old, from);
+    if (!a->phase || a->handshake || !a->conn->server || r->sequence + back <= a->wire.newest)
+        return false;
+    a->ep->counters.trials++;
+    if (!wire_open(&a->wire, false, r, text, &n, &type) ||
+        (type == TYPE_RRC && back && n == PATH_MESSAGE && text[0] == PATH_DROP)) /* "I am not here any more" */
+        return false;
+    if (assoc_move(a, from, r))
+        return true;
+    ep_count(a->ep, DTLS_DROP_LIMIT);
+    return false;
+}
+
+/* Without a connection ID: those whose peer was there a moment ago, those that the nonce tells, those from the same source. */
+static struct association *ep_search(dtls_endpoint *ep, const struct record *r, const struct path *from)
+{
+    struct entry *e = table_first(&ep->moves, assoc_hash(&ep->moves, &from->peer)), *next;
+    for (; e; e = next) {
+        struct association *a = OWNER_OF(struct move, entry, e)->a;
+        next = table_next(e);
+        if (path_equal(&a->move->old, from) && (ep_is_from(a, r, from) || r->sequence < a->wire.newest))
+            return a;
+    }
+    int left = ep->cfg.roam_trials_each;
+    e = r->body_len >= OVERHEAD_MAX ? table_first(&ep->marks, assoc_mark_hash(ep, assoc_mark(r))) : NULL;
+    for (bool first = true; e && (first || (left-- > 0 && ep_may_try(ep))); e = next, first = false) {
+        struct association *a = OWNER_OF(struct association, mark_entry, e);
+        next = table_next(e);
+        if (ep_is_from(a, r, from))
+            return a;
+    }
+    struct source *s = source_find(ep, &from->peer);
+    struct association *a = s ? s->first[2] : NULL, *last = s ? s->last[2] : NULL, *after;
+    for (; a; a = a == last ? NULL : after) {
+        after = a->source_next;
+        if (r->sequence <= a->wire.newest || r->sequence - a->wire.newest > BLIND_AHEAD)
+            continue;
+        if (left-- == 0 || !ep_may_try(ep)) {
+            ep->counters.trials_refused++;
+            return NULL;
+        }
+        if (ep_is_from(a, r, from))
+            return a;
+        source_tried(a);
+    }
+    return NULL;
+}
+
+/* A datagram from an address at which nobody has the keys for it. */
+static bool ep_roams(dtls_endpoint *ep, const struct path *from, const uint8_t *p, size_t n)
+{
+    struct record r;
+    if (!ep->listening || ep->cfg.roam_trials == DTLS_NEVER || !record_parse(p, n, &r) || r.size != n || r.epoch != 1 ||
+        (r.type != TYPE_DATA && r.type != TYPE_ALERT) || r.body_len < OVERHEAD_MIN)
+        return false;
+    struct association *a = ep_search(ep, &r, from);
+    if (a)
+        ep_pass(a, from, p, n);
+    return a != NULL;
+}
+
+/* One that begins with a connection ID. */
+static void ep_input_cid(dtls_endpoint *ep, const struct path *from, const uint8_t *p, size_t n)
+{
+    const uint8_t *cid = p + RECORD_HEADER - 2;
+    size_t len = ep->cfg.cid_bytes > 0 ? (size_t)ep->cfg.cid_bytes : CID_BYTES;
+    struct association *a = n >= RECORD_HEADER + len ? assoc_find_cid(ep, cid, len) : NULL;
+    struct record r;
+    if (!a || !wire_parse(&a->wire, p, n, &r) || (a->handshake && !ep_is_there(a, from))) {
+        ep_count(ep, DTLS_DROP_CID);
+        return;
+    }
+    if (!ep_is_there(a, from))
+        ep_is_from(a, &r, from);
+    ep_pass(a, from, p, n);
 }
 
 static void ep_input(dtls_endpoint *ep, struct udp *u, const uint8_t *p, size_t n, const dtls_addr *from,
                      const dtls_addr *to)
 {
     struct record r;
+    const struct path path = {*from, *to, u};
     struct association *a = assoc_find(ep, from, to);
     ep->counters.datagrams_in++;
-    if (ep->listening && (!a || a->conn->server) && record_client_hello(p, n, &r)) {
+    if (n > 0 && p[0] == TYPE_CID) {
+        ep_input_cid(ep, &path, p, n);
+    } else if (ep->listening && (!a || a->conn->server) && record_client_hello(p, n, &r)) {
         struct association *known = ep_hello_of(a, &r);
         if (known || r.sequence > HELLO_SEQUENCE_MAX)
             ep_count(ep, DTLS_DROP_HELLO);
@@ -6075,9 +7232,7 @@ static void ep_input(dtls_endpoint *ep, struct udp *u, const uint8_t *p, size_t 
         if (a && a->handshake) /* what stands behind it: more pieces of it */
             a->handshake->state == HS_NEW ? assoc_post(a, p + r.size, n - r.size)
                                           : assoc_input(a, p + r.size, n - r.size);
-    } else if (a) {
-        ep_give(a, p, n);
-    } else {
+    } else if (!(a && ep_give(a, p, n)) && !ep_roams(ep, &path, p, n) && !a) {
         dtls_drop why = record_drop(p, n);
         ep_count(ep, why == DTLS_DROP_MALFORMED ? DTLS_DROP_STRANGER : why);
     }
@@ -6362,7 +7517,7 @@ static SSL_CTX *trust_ctx(dtls_endpoint *ep, const dtls_config *cfg, const dtls_
         SSL_CTX_set_tlsext_servername_callback(ctx, ctx_server_name);
         SSL_CTX_set_tlsext_servername_arg(ctx, ep);
     }
-    if (ctx_defaults(ctx, cfg, t, err) == 0 && ctx_set_psk(ctx, cfg, err) == 0 &&
+    if (ctx_defaults(ctx, cfg, t, err) == 0 && ctx_set_psk(ctx, cfg, err) == 0 && ctx_set_cid(ctx, cfg, err) == 0 &&
         (!cfg->alpn || ctx_set_alpn(ctx, ep, cfg->alpn, &t->alpn, err) == 0) && ctx_load(ctx, cfg, cert, err) == 0 &&
         ctx_check(ctx, cfg, err) == 0)
         return ctx;
@@ -6480,6 +7635,10 @@ static void ep_destroy(struct object *o)
     free(ep->sources.slots);
     free(ep->identities.slots);
     free(ep->sessions.slots);
+    free(ep->cids.slots);
+    free(ep->marks.slots);
+    free(ep->moves.slots);
+    crypt_free(&ep->crypt);
     timer_done(ep->loop, &ep->kinds_timer);
     BIO_ADDR_free(ep->listen_addr);
     trust_free(&ep->trust);
@@ -6524,6 +7683,9 @@ static bool ep_make_tables(dtls_endpoint *ep)
     } tables[] = {{&ep->associations, conns},
                   {&ep->sources, conns},
                   {&ep->identities, conns},
+                  {&ep->cids, conns},
+                  {&ep->marks, conns},
+                  {&ep->moves, conns},
                   {&ep->sessions, ep->cfg.session_cache == DTLS_NEVER ? 1 : (size_t)ep->cfg.session_cache}};
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++)
         if (!table_init(tables[i].table, tables[i].elements) || RAND_bytes(tables[i].table->key, 16) != 1)
@@ -6551,6 +7713,8 @@ static int ep_setup(dtls_endpoint *ep, dtls_error *err)
         return fail(err, DTLS_ERR_TLS, "compiled for another OpenSSL than %s", OpenSSL_version(OPENSSL_VERSION));
     if (config_check(&ep->cfg, err) < 0)
         return DTLS_ERR_ARG;
+    if (ep->cfg.cid_prefix_len > 0)
+        memcpy(ep->cid_prefix, ep->cfg.cid_prefix, ep->cfg.cid_prefix_len);
     ep->bio_method = bio_method_new();
     ep->listen_addr = BIO_ADDR_new();
     if (!ep->bio_method || !ep->listen_addr)
@@ -6567,7 +7731,7 @@ static int ep_setup(dtls_endpoint *ep, dtls_error *err)
 static void ep_forget_files(dtls_config *cfg)
 {
     cfg->cert_file = cfg->key_file = cfg->ca_file = cfg->crl_file = cfg->alpn = cfg->psk_identity = NULL;
-    cfg->psk_key = NULL;
+    cfg->psk_key = cfg->cid_prefix = NULL;
     cfg->certs = NULL;
 }
 
@@ -6725,13 +7889,16 @@ static const char usage_text[] =
     "  --idle-timeout SECONDS  server: a client silent for so long is gone; 0 never (120)\n"
     "  --keepalive SECONDS     client: ping a server silent for so long; 0 never (25)\n"
     "  --unanswered SECONDS    client: lines had no answer for so long: ask by a new handshake; 0 never (0)\n"
+    "  --cid BYTES             of the connection ID in records to us, 0 to 20; never: none in any (server 8, client "
+    "0)\n"
     "  --max-clients N         server (4096)\n"
     "  -v, -q                  more (retransmissions, counters at the end), or only errors, on standard error\n"
     "\n"
     "Commands of the service: %s.\n"
     "A client on a terminal edits lines; otherwise it sends standard input line by line, prints the\n"
     "answers and exits with 0, or with 1 if it could not connect or the connection was lost.\n"
-    "A server that gets SIGHUP reads its certificates, keys, lists and --psk-file again.\n";
+    "A server that gets SIGHUP reads its certificates, keys, lists and --psk-file again.\n"
+    "A client that gets SIGUSR1 goes on from another port.\n";
 
 /* What an option brought that may be repeated. */
 struct words {
@@ -6745,7 +7912,7 @@ struct options {
     bool ccm8, optional_cert, no_client_cert, strict_names, recheck, no_cert, insecure, show_cert;
     const char *certs, *cert, *key, *ca, *name, *crl, *key_password, *psk_file, *alpn, *keylog, *session;
     struct words psk, allow, deny, also;
-    int mtu, idle_timeout_ms, keepalive_ms, unanswered_ms, max_clients;
+    int mtu, idle_timeout_ms, keepalive_ms, unanswered_ms, max_clients, cid_bytes;
     dtls_log level;
     char **addrs;
     int addrs_len;
@@ -6767,6 +7934,7 @@ struct setting {
     const char **text;
     struct words *words;
     int *seconds, *number, min, max;
+    int *cid;
 };
 
 static int complain(int status, const char *text)
@@ -6801,6 +7969,17 @@ static int option_number(const char *text, int min, int max, int *value)
     return 0;
 }
 
+static int option_cid(const char *text, int *bytes)
+{
+    if (strcmp(text, "never") == 0) {
+        *bytes = DTLS_NEVER;
+        return 0;
+    }
+    int r = option_number(text, 0, DTLS_CID_MAX, bytes);
+    *bytes = *bytes ? *bytes : DTLS_CID_EMPTY;
+    return r;
+}
+
 static int option_value(const struct setting *s, const char *value, dtls_error *err)
 {
     if (!value || !*value)
@@ -6814,6 +7993,9 @@ static int option_value(const struct setting *s, const char *value, dtls_error *
     if (s->seconds && option_seconds(value, s->seconds) < 0)
         return fail(err, DTLS_ERR_ARG, "%s %.100s: must be a number of seconds from 0 (never) to 1000000", s->name,
                     value);
+    if (s->cid && option_cid(value, s->cid) < 0)
+        return fail(err, DTLS_ERR_ARG, "%s %.100s: must be a number from 0 to %d, or never", s->name, value,
+                    DTLS_CID_MAX);
     if (s->number && option_number(value, s->min, s->max, s->number) < 0)
         return fail(err, DTLS_ERR_ARG, "%s %.100s: must be a number from %d to %d", s->name, value, s->min, s->max);
     return 0;
@@ -6849,6 +8031,7 @@ static void option_table(struct options *o, struct setting to[SETTINGS_MAX])
                                     {.name = "--unanswered", .seconds = &o->unanswered_ms},
                                     {.name = "--mtu", .number = &o->mtu, .min = 256, .max = 65535},
                                     {.name = "--max-clients", .number = &o->max_clients, .min = 1, .max = 10000000},
+                                    {.name = "--cid", .cid = &o->cid_bytes},
                                     {.name = "-v", .level = &o->level, .to = DTLS_LOG_DEBUG},
                                     {.name = "-q", .level = &o->level, .to = DTLS_LOG_ERROR},
                                     {.name = "-h", .flag = &o->help},
@@ -7229,6 +8412,7 @@ static int program_config(const struct program *p, struct paths *paths, dtls_con
         cfg->psk = program_psk;
     }
     cfg->mtu_bytes = o->mtu;
+    cfg->cid_bytes = o->cid_bytes;
     return program_also(paths, o, cfg, err);
 }
 
@@ -7282,8 +8466,11 @@ static void program_counters(const dtls_endpoint *ep)
     fprintf(stderr, "datagrams: %llu in, %llu out; cookies sent: %llu; flights sent again: %llu; socket errors: %llu\n",
             (unsigned long long)n.datagrams_in, (unsigned long long)n.datagrams_out, (unsigned long long)n.cookies_sent,
             (unsigned long long)n.retransmissions, (unsigned long long)n.receive_errors);
-    fprintf(stderr, "handshakes: %llu full, %llu resumed, %llu failed\ndropped:", (unsigned long long)n.handshakes_full,
-            (unsigned long long)n.handshakes_resumed, (unsigned long long)n.handshakes_failed);
+    fprintf(stderr,
+            "handshakes: %llu full, %llu resumed, %llu failed; moves: %llu; keys tried: %llu, refused: %llu\ndropped:",
+            (unsigned long long)n.handshakes_full, (unsigned long long)n.handshakes_resumed,
+            (unsigned long long)n.handshakes_failed, (unsigned long long)n.moves, (unsigned long long)n.trials,
+            (unsigned long long)n.trials_refused);
     for (int i = 0; i < DTLS_DROP_COUNT; i++)
         fprintf(stderr, "%s %llu %s", i ? "," : "", (unsigned long long)n.dropped[i], dtls_drop_name((dtls_drop)i));
     fputc('\n', stderr);
@@ -7362,7 +8549,7 @@ static void command_whoami(dtls_conn *c, struct message text)
 /* One line for each client; at last, without one, it is sent. */
 static void command_stats_line(dtls_conn *c, void *user)
 {
-    char line[512], addr[DTLS_ADDR_TEXT];
+    char line[512], addr[DTLS_ADDR_TEXT], moved[40] = "";
     struct pager *p = user;
     dtls_info i;
     if (!c) {
@@ -7373,10 +8560,13 @@ static void command_stats_line(dtls_conn *c, void *user)
         return;
     }
     dtls_conn_info(c, &i);
-    int n = snprintf(line, sizeof line, "%s %s, %lld s, in %llu messages %llu bytes, out %llu messages %llu bytes%s",
-                     dtls_addr_format(&i.peer, addr, sizeof addr), i.peer_name, (long long)(i.age_ms / 1000),
-                     (unsigned long long)i.messages_in, (unsigned long long)i.bytes_in,
-                     (unsigned long long)i.messages_out, (unsigned long long)i.bytes_out, i.resumed ? ", resumed" : "");
+    if (i.moves > 0)
+        snprintf(moved, sizeof moved, i.moves == 1 ? ", moved once" : ", moved %u times", i.moves);
+    int n =
+        snprintf(line, sizeof line, "%s %s, %lld s, in %llu messages %llu bytes, out %llu messages %llu bytes%s%s",
+                 dtls_addr_format(&i.peer, addr, sizeof addr), i.peer_name, (long long)(i.age_ms / 1000),
+                 (unsigned long long)i.messages_in, (unsigned long long)i.bytes_in, (unsigned long long)i.messages_out,
+                 (unsigned long long)i.bytes_out, i.resumed ? ", resumed" : "", moved);
     pager_add(p, line, (size_t)n);
 }
 
@@ -8471,6 +9661,14 @@ static int client_open_input(struct client *cl)
     return editor_watch(&cl->editor, cl->loop) ? 0 : complain(1, "the terminal cannot be watched");
 }
 
+static void client_rebind(void *user, int signo)
+{
+    const struct client *cl = user;
+    (void)signo;
+    if (cl->call.conn)
+        dtls_conn_rebind(cl->call.conn);
+}
+
 static int client_run(struct client *cl)
 {
     const struct options *o = cl->options;
@@ -8484,7 +9682,8 @@ static int client_run(struct client *cl)
     if (!ep)
         return 1;
     cl->call.timer = dtls_timer_new(cl->loop, call_go, &cl->call);
-    if (!cl->call.timer || !program_signals(cl->loop, client_signal, cl))
+    if (!cl->call.timer || !program_signals(cl->loop, client_signal, cl) ||
+        dtls_loop_signal(cl->loop, SIGUSR1, client_rebind, cl) != 0)
         return complain(1, strerror(errno));
     if (client_open_input(cl) != 0)
         return 1;

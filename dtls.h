@@ -185,7 +185,9 @@ void dtls_timer_free(dtls_timer *timer);                  /* NULL is fine */
 
 /* ---- endpoint ---------------------------------------------------------------------------------------------------- */
 
-/* After DTLS_EV_IDLE an application may probe the peer: by a message that this answers, or by dtls_conn_renew().
+/* DTLS_EV_MOVED has data, the dtls_addr of before: a server's peer sends from another address now, or a client does, from
+ * another local one (see dtls_conn_rebind()). It is raised before the message that showed it.
+ * After DTLS_EV_IDLE an application may probe the peer: by a message that this answers, or by dtls_conn_renew().
  * DTLS_EV_RENEWED is a client's: another handshake is done, and the connection goes on with what that made, another local
  * port and other keys. What the peer had not answered by then may be lost, most of all if it was started again.
  * DTLS_EV_FAILED is a server's: a handshake came to nothing, as dtls_conn_info() and dtls_conn_reason() tell: to count, not
@@ -197,6 +199,7 @@ typedef enum dtls_event {
     DTLS_EV_IDLE,      /* nothing authentic came for idle_ms; repeated every idle_repeat_ms */
     DTLS_EV_WRITABLE,  /* after DTLS_ERR_AGAIN: there is room again. Not with a transport of your own */
     DTLS_EV_RENEWED,
+    DTLS_EV_MOVED,
     DTLS_EV_FAILED,
     DTLS_EV_CLOSED /* the last event, exactly once: see dtls_conn_reason(). The conn is gone after the call. */
 } dtls_event;
@@ -217,6 +220,8 @@ typedef struct dtls_cert {
 } dtls_cert;
 
 #define DTLS_PSK_MAX 64 /* bytes of a pre-shared key */
+#define DTLS_CID_MAX 20 /* bytes of a connection ID of ours */
+#define DTLS_CID_EMPTY (-2)
 
 struct dtls_info;
 
@@ -299,6 +304,22 @@ typedef struct dtls_config {
     int max_chain_bytes; /* 8,192: of a peer's certificate with its intermediates, 512 to 65,536; and one certificate */
                          /* for each 1,600 bytes, unless on_ssl_ctx sets a message callback of its own */
 
+    /* Addresses that change: a NAT gives its client another port, a phone another network. A server goes on with the same
+     * connection, whose newest record is the only proof that its peer is there now; never during a handshake. It knows the
+     * connection by its connection ID where the client has those (RFC 9146), otherwise by what the nonces of AES-GCM give
+     * away (OpenSSL's and wolfSSL's do), otherwise by trying the keys of connections from the same IPv4 address or IPv6 /64.
+     * Until another record comes from the new address, or the peer answered from there where it can be asked (RFC 9853), at
+     * most three times as many bytes are sent there as came from there. The address before is kept for 10 s: who copies
+     * records to move a connection loses it to the next one that its peer sends.
+     *
+     * With a connection ID its records look the same to everybody who sees them, wherever its peer goes. */
+    int cid_bytes; /* of the connection ID that peers are to put into their records: 1 to DTLS_CID_MAX; 0: a server's 8, a */
+                   /* client's DTLS_CID_EMPTY: records to us have none, those to the peer may. DTLS_NEVER: neither */
+    const uint8_t *cid_prefix; /* a server's number, for load balancers: how each connection ID begins. Copied */
+    size_t cid_prefix_len;     /* at least 4 bytes less than a connection ID has */
+    int roam_trials;           /* 20,000 keys tried in a second; or DTLS_NEVER: without a connection ID nobody moves */
+    int roam_trials_each;      /* 256 of them for one datagram */
+
     /* A transport of your own: takes one datagram, returns 0, or not 0 if it cannot take it now. Then this endpoint
      * opens no sockets; hand what arrives to dtls_endpoint_input(), but never from inside this call: queue it. */
     int (*send)(void *user, const void *data, size_t len, const dtls_addr *from, const dtls_addr *to);
@@ -378,7 +399,8 @@ typedef enum dtls_drop {
     DTLS_DROP_EARLY,     /* protected records ahead of the handshake, beyond the handful that is kept */
     DTLS_DROP_SEND,      /* outgoing datagram that the system refused, or the transport, in a handshake */
     DTLS_DROP_DTLS13,    /* what looks like a record of DTLS 1.3 (RFC 9147) */
-    DTLS_DROP_CID,       /* a record with a connection ID (RFC 9146) */
+    DTLS_DROP_CID, /* a record with a connection ID (RFC 9146) that is nobody's, stale or forged; or one without, */
+                   /* where it has to have one */
     DTLS_DROP_COUNT
 } dtls_drop;
 
@@ -389,6 +411,9 @@ typedef struct dtls_counters {
     uint64_t handshakes_resumed; /* completed, both roles */
     uint64_t handshakes_failed;
     uint64_t retransmissions; /* flights sent again by our timer */
+    uint64_t moves;           /* of peers to other addresses, and of ours */
+    uint64_t trials;          /* keys that were tried to find whose record one from an unknown address is */
+    uint64_t trials_refused;  /* such records that were dropped, since roam_trials were used up */
     uint64_t receive_errors;  /* errors the system reported on a socket; life goes on */
     uint64_t dropped[DTLS_DROP_COUNT];
     size_t conns;      /* now, those in handshake included */
@@ -436,6 +461,8 @@ typedef struct dtls_info {
     int64_t round_trip_us; /* the quickest answer that the handshakes saw; 0: not known */
     uint64_t resends;      /* flights of its handshakes that were sent again: the path loses, or is slow */
     unsigned renewals;     /* DTLS_EV_RENEWED so far */
+    unsigned moves;        /* DTLS_EV_MOVED so far */
+    int cid_in, cid_out;   /* bytes of the connection ID in records that come and that go; -1: none were agreed upon */
     uint64_t messages_in, messages_out, bytes_in, bytes_out; /* application data */
 } dtls_info;
 
@@ -459,6 +486,15 @@ size_t dtls_conn_payload_max(const dtls_conn *conn);
  * it ends nothing), every 5 s at most. Returns 0, also if one is under way; DTLS_ERR_STATE if it is no client's or not
  * connected; or an error of dtls_endpoint_connect(). */
 int dtls_conn_renew(dtls_conn *conn);
+
+/* A client's: goes on with the same connection from another local port, and from another address if the way to its peer is
+ * another one now. It needs a peer that follows: one with connection IDs (dtls_info.cid_out above 0), or a server made with
+ * this library. DTLS_EV_MOVED is raised. Where the peer can be asked whether it is reached (RFC 9853), it is; otherwise it
+ * learns of the move by the next message. The library does this itself when the system says that the old address is gone,
+ * where the peer has a connection ID for us also when it does not answer for 5 s (asked by RFC 9853, otherwise half of
+ * unanswered_ms, if that is set). Returns 0; DTLS_ERR_STATE if it is no client's, not connected or has a transport of your
+ * own; or DTLS_ERR_SYSTEM, and nothing changed. */
+int dtls_conn_rebind(dtls_conn *conn);
 
 /* Sends close_notify once, raises DTLS_EV_CLOSED before it returns, and lets go; never waits. */
 void dtls_conn_close(dtls_conn *conn);

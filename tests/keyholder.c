@@ -24,8 +24,24 @@ enum {
     ALERT = 21,
     HANDSHAKE = 22,
     DATA = 23,
-    UNKNOWN = 24
+    UNKNOWN = 24,
+    WITH_CID = 25,
+    CID = 8
 };
+
+static unsigned char server_cid[CID]; /* as the client writes it */
+
+/* For wire_drop. */
+static int keep_cid(const struct datagram *d)
+{
+    for (size_t at = 0; at + HEADER + CID < d->len; at += HEADER + (size_t)(d->data[at + 11] << 8 | d->data[at + 12])) {
+        if (d->data[at] == WITH_CID) {
+            memcpy(server_cid, d->data + at + 11, CID);
+            return 0;
+        }
+    }
+    return 0;
+}
 
 /* RFC 5246 section 6.3: the keys of both sides, then their implicit nonces; the client's come first. */
 static void derive(const SSL *ssl, unsigned char block[2 * (KEY + IV)])
@@ -44,34 +60,57 @@ static void derive(const SSL *ssl, unsigned char block[2 * (KEY + IV)])
     EVP_PKEY_CTX_free(prf);
 }
 
-/* RFC 5288: header, explicit nonce, ciphertext, tag. The epoch with the sequence number serves as the nonce. */
-static size_t seal(const SSL *ssl, int from_server, unsigned type, unsigned sequence, const void *data, size_t len,
-                   unsigned char *out)
+/* What stands in front of a record's body, and what is authenticated besides its text: RFC 5246 section 6.2.3.3, or with a
+ * connection ID RFC 9146 section 5. Returns the header's size. */
+static size_t put_header(unsigned type, const unsigned char *cid, const unsigned char number[NONCE], size_t len,
+                         unsigned char *out, unsigned char *aad, size_t *aad_len)
 {
-    unsigned char block[2 * (KEY + IV)], nonce[IV + NONCE];
-    const size_t body = NONCE + len + TAG;
+    const unsigned char length[2] = {(unsigned char)(len >> 8), (unsigned char)len};
+    const size_t body = NONCE + len + TAG, header = HEADER + (cid ? CID : 0);
+    memcpy(out, (unsigned char[]){(unsigned char)(cid ? WITH_CID : type), 0xfe, 0xfd}, 3);
+    memcpy(out + 3, number, NONCE);
+    if (cid) {
+        memcpy(out + 11, cid, CID);
+        memset(aad, 0xff, 8);
+        memcpy(aad + 8, (unsigned char[]){WITH_CID, CID, WITH_CID}, 3);
+        memcpy(aad + 11, out + 1, 10 + CID);
+        memcpy(aad + 21 + CID, length, 2);
+    } else {
+        memcpy(aad, number, NONCE);
+        memcpy(aad + NONCE, out, 3);
+        memcpy(aad + NONCE + 3, length, 2);
+    }
+    *aad_len = cid ? 23 + CID : 13;
+    out[header - 2] = (unsigned char)(body >> 8);
+    out[header - 1] = (unsigned char)body;
+    return header;
+}
+
+/* RFC 5288: header, explicit nonce, ciphertext, tag. The epoch with the sequence number serves as the nonce. With a
+ * connection ID the type stands behind the text. */
+static size_t seal(const SSL *ssl, int from_server, unsigned type, const unsigned char *cid, unsigned sequence,
+                   const void *data, size_t len, unsigned char *out)
+{
+    unsigned char block[2 * (KEY + IV)], nonce[IV + NONCE], aad[23 + CID], inner = (unsigned char)type;
     const unsigned char number[NONCE] = {0, 1, 0, 0, 0, 0, (unsigned char)(sequence >> 8), (unsigned char)sequence};
-    unsigned char aad[HEADER] = {[8] = (unsigned char)type, 0xfe, 0xfd, (unsigned char)(len >> 8), (unsigned char)len};
+    size_t aad_len, text = len + (cid ? 1 : 0), header = put_header(type, cid, number, text, out, aad, &aad_len);
     int n;
     derive(ssl, block);
     memcpy(nonce, block + 2 * KEY + (from_server ? IV : 0), IV);
     memcpy(nonce + IV, number, NONCE);
-    memcpy(aad, number, NONCE);
-    memcpy(out, (unsigned char[]){(unsigned char)type, 0xfe, 0xfd}, 3);
-    memcpy(out + 3, number, NONCE);
-    out[11] = (unsigned char)(body >> 8);
-    out[12] = (unsigned char)body;
-    out += HEADER;
+    out += header;
     memcpy(out, number, NONCE);
     EVP_CIPHER_CTX *gcm = EVP_CIPHER_CTX_new();
     EVP_EncryptInit_ex(gcm, EVP_aes_128_gcm(), NULL, block + (from_server ? KEY : 0), nonce);
-    EVP_EncryptUpdate(gcm, NULL, &n, aad, sizeof aad);
+    EVP_EncryptUpdate(gcm, NULL, &n, aad, (int)aad_len);
     if (len > 0)
         EVP_EncryptUpdate(gcm, out + NONCE, &n, data, (int)len);
-    EVP_EncryptFinal_ex(gcm, out + NONCE + len, &n);
-    EVP_CIPHER_CTX_ctrl(gcm, EVP_CTRL_GCM_GET_TAG, TAG, out + NONCE + len);
+    if (cid)
+        EVP_EncryptUpdate(gcm, out + NONCE + len, &n, &inner, 1);
+    EVP_EncryptFinal_ex(gcm, out + NONCE + text, &n);
+    EVP_CIPHER_CTX_ctrl(gcm, EVP_CTRL_GCM_GET_TAG, TAG, out + NONCE + text);
     EVP_CIPHER_CTX_free(gcm);
-    return HEADER + body;
+    return header + NONCE + text + TAG;
 }
 
 enum outcome {
@@ -113,12 +152,12 @@ static const struct attack {
     {"a record of no known type", UNKNOWN, "hi", 2, LIVES, 0, 0, 1, 0},
 };
 
-static void launch(const struct attack *a, struct side *to)
+static void launch(const struct attack *a, struct side *to, const unsigned char *cid)
 {
-    static unsigned char record[DATAGRAM_BYTES + HEADER + NONCE + TAG];
+    static unsigned char record[DATAGRAM_BYTES + HEADER + CID + NONCE + 1 + TAG];
     static const char zeros[DTLS_MESSAGE_MAX + 1];
     for (int i = 0; i < a->times && to->conn; i++) {
-        size_t n = seal(dtls_conn_ssl(to->conn), a->to_client, a->type, (unsigned)(FIRST_SEQUENCE + i),
+        size_t n = seal(dtls_conn_ssl(to->conn), a->to_client, a->type, cid, (unsigned)(FIRST_SEQUENCE + i),
                         a->data ? a->data : zeros, a->len, record);
         dtls_endpoint_input(to->ep, record, n, a->to_client ? &server_addr : &client_addr,
                             a->to_client ? &client_addr : &server_addr);
@@ -142,17 +181,18 @@ static int ended(const struct attack *a, const struct side *to)
            (a->outcome == EITHER || to->reason == a->reason);
 }
 
-static void test_attack(const struct attack *a)
+static void test_attack(const struct attack *a, int with_cid)
 {
-    const dtls_config cfg = {.idle_timeout_ms = IDLE_MS};
+    const dtls_config cfg = {.idle_timeout_ms = IDLE_MS, .cid_bytes = with_cid ? 0 : DTLS_NEVER};
     struct side *to = a->to_client ? &client : &server;
     dtls_info info = {.silent_ms = -1};
     server.ciphers = client.ciphers = "ECDHE-ECDSA-AES128-GCM-SHA256";
     start(cfg, cfg);
+    wire_drop = keep_cid;
     REQUIRE(connected(), "handshake");
     for (int i = 0; i < QUIET_TURNS; i++)
         turn();
-    launch(a, to);
+    launch(a, to, with_cid ? server_cid : NULL);
     int messages = to->messages;
     if (a->type == DATA && a->outcome == LIVES) { /* authentic, so the peer counts as alive */
         if (to->conn)
@@ -200,7 +240,8 @@ static int with_empty_finished(const struct datagram *d)
             const unsigned char none[12] = {20, 0, 0,           12, 0, (unsigned char)(last_seq[to_server] + 1),
                                             0,  0, end ? 12 : 0};
             unsigned char record[HEADER + NONCE + sizeof none + TAG];
-            size_t n = seal(trying, !to_server, HANDSHAKE, (unsigned)(FIRST_SEQUENCE + end), none, sizeof none, record);
+            size_t n =
+                seal(trying, !to_server, HANDSHAKE, NULL, (unsigned)(FIRST_SEQUENCE + end), none, sizeof none, record);
             dtls_endpoint_input(to->ep, record, n, &d->from, &d->to);
         }
         dtls_endpoint_input(to->ep, p, size, &d->from, &d->to);
@@ -213,7 +254,7 @@ static void test_empty_finished(void)
     int64_t began = now_us;
     server.ciphers = client.ciphers = "ECDHE-ECDSA-AES128-GCM-SHA256";
     client.hook = keep_ssls;
-    start((dtls_config){0}, (dtls_config){0});
+    start((dtls_config){.cid_bytes = DTLS_NEVER}, (dtls_config){0});
     empties = 0;
     wire_drop = with_empty_finished;
     CHECK_THAT(connected() && now_us - began < 500000, "a handshake goes on at once");
@@ -225,12 +266,16 @@ static void test_empty_finished(void)
 
 int main(int argc, char **argv)
 {
+    char name[80];
     tests_begin("keyholder", argc, argv);
     virtual_chance();
     virtual_identities();
     for (size_t i = 0; i < sizeof attacks / sizeof *attacks; i++)
-        if (test_begin(attacks[i].what))
-            test_attack(&attacks[i]);
+        for (int with_cid = 0; with_cid <= !attacks[i].to_client; with_cid++) {
+            snprintf(name, sizeof name, "%s%s", attacks[i].what, with_cid ? ", with a connection ID" : "");
+            if (test_begin(name))
+                test_attack(&attacks[i], with_cid);
+        }
     if (test_begin("empty fragments of a Finished"))
         test_empty_finished();
     virtual_identities_free();

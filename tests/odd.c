@@ -509,7 +509,8 @@ enum { RECORD = 13, MESSAGE = 12, HEADERS = RECORD + MESSAGE };
 
 static size_t record_size(const unsigned char *p)
 {
-    return RECORD + (size_t)(p[11] << 8 | p[12]);
+    size_t cid = p[0] == 25 ? 8 : 0; /* a server's connection ID */
+    return RECORD + cid + (size_t)(p[11 + cid] << 8 | p[12 + cid]);
 }
 
 static void deliver(const struct datagram *d, const unsigned char *p, size_t n)

@@ -875,15 +875,19 @@ static void mail_deliver(dtls_loop *l)
     }
 }
 
-static dtls_loop *mail_connect(void)
+static dtls_loop *mail_connect(int cid_bytes)
 {
     dtls_loop *l = dtls_loop_new(NULL);
     memset(ends, 0, sizeof ends);
     mail_len = 0;
     for (int i = 0; i < 2; i++) {
         char cert[512], key[512], ca[512];
-        dtls_config cfg = {
-            .cert_file = cert, .key_file = key, .ca_file = ca, .send = mail_send, .on_event = mail_event};
+        dtls_config cfg = {.cert_file = cert,
+                           .key_file = key,
+                           .ca_file = ca,
+                           .send = mail_send,
+                           .on_event = mail_event,
+                           .cid_bytes = cid_bytes};
         const char *name = i == AT_SERVER ? "server" : "client";
         snprintf(cert, sizeof cert, "%s/%s.pem", certs, name);
         snprintf(key, sizeof key, "%s/%s.key", certs, name);
@@ -902,10 +906,10 @@ static dtls_loop *mail_connect(void)
 }
 
 /* The client sends the message that the keys have just room for, and the next one. */
-static void check_last_message(bool receiving)
+static void check_last_message(bool receiving, int cid_bytes)
 {
     const struct end *spent = &ends[receiving ? AT_SERVER : AT_CLIENT];
-    dtls_loop *l = mail_connect();
+    dtls_loop *l = mail_connect(cid_bytes);
     struct key_use *keys = &spent->conn->open->keys;
     CHECK(keys->by_bytes && keys->out > 1ull << 37 && keys->in > 1ull << 37 && keys->forged == 1ull << 36);
     *(receiving ? &keys->in : &keys->out) = 2 * (5 + KEY_RECORD_COST) - 1;
@@ -919,18 +923,25 @@ static void check_last_message(bool receiving)
     dtls_loop_free(l);
 }
 
-static void check_forgeries(void)
+static void check_forgeries(int cid_bytes)
 {
-    uint8_t forged[RECORD_HEADER + 40] = {23, 0xfe, 0xfd, 0, 1, 0, 0, 0, 0, 9, 9, 0, 40};
-    dtls_loop *l = mail_connect();
+    uint8_t forged[RECORD_HEADER + CID_BYTES + 40] = {23, 0xfe, 0xfd, 0, 1, 0, 0, 0, 0, 9, 9, 0, 40};
+    dtls_loop *l = mail_connect(cid_bytes);
     struct end *e = &ends[AT_SERVER];
+    size_t size = RECORD_HEADER + 40;
+    if (cid_bytes != DTLS_NEVER) {
+        forged[0] = TYPE_CID;
+        memcpy(forged + RECORD_HEADER - 2, e->conn->open->wire.cid_in + 1, CID_BYTES);
+        forged[size - 40 + CID_BYTES - 1] = 40;
+        size += CID_BYTES;
+    }
     e->conn->open->keys.forged = 2;
     CHECK(dtls_conn_send(ends[AT_CLIENT].conn, "good", 4) == 0);
     mail_deliver(l);
     CHECK(e->messages == 1 && e->conn->open->keys.forged == 2);
     for (int i = 0; i < 2; i++) {
         CHECK(e->closed == 0);
-        dtls_endpoint_input(e->ep, forged, sizeof forged, &ends[AT_CLIENT].addr, &e->addr);
+        dtls_endpoint_input(e->ep, forged, size, &ends[AT_CLIENT].addr, &e->addr);
     }
     CHECK(e->closed == 1 && e->reason == DTLS_CLOSE_KEYS);
     mail_deliver(l);
@@ -960,9 +971,11 @@ static void test_key_limits(void)
     }
     SSL_free(ssl);
     dtls_loop_free(l);
-    check_last_message(false);
-    check_last_message(true);
-    check_forgeries();
+    for (int cid_bytes = DTLS_NEVER; cid_bytes <= 0; cid_bytes++) { /* none, and a server's 8 */
+        check_last_message(false, cid_bytes);
+        check_last_message(true, cid_bytes);
+        check_forgeries(cid_bytes);
+    }
 }
 
 /* Sockets alone, without an endpoint: what arrives, what fails and what is counted goes to whom they serve. */

@@ -22,7 +22,8 @@ struct side {
     dtls_loop *loop;
     dtls_endpoint *ep;
     dtls_conn *conn; /* the last one, until it closes */
-    int connected, renewed, messages, failed, closed, idle, writable, resumed, psk;
+    int connected, renewed, moved, messages, failed, closed, idle, writable, resumed, psk;
+    dtls_addr before; /* the last move */
     dtls_reason reason;
     char peer_name[300], reason_text[256];
     char last[64]; /* message, or its beginning */
@@ -103,6 +104,10 @@ static inline void on_event(dtls_conn *conn, dtls_event event, const void *data,
     case DTLS_EV_RENEWED:
         s->renewed++;
         s->resumed = info.resumed;
+        break;
+    case DTLS_EV_MOVED:
+        s->moved++;
+        memcpy(&s->before, data, sizeof s->before);
         break;
     case DTLS_EV_FAILED:
         s->failed++;
