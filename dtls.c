@@ -2322,15 +2322,19 @@ static const struct aead *aead_of(const SSL_CIPHER *suite)
     return NULL;
 }
 
-/* One context for each kind, since two of them would double the memory of a connection; who uses it sets its key. */
+/* An endpoint's: one context for each kind, since two of them would double the memory of a connection, and room to work in,
+ * which a thread's stack may not have. Who uses it sets the key. */
 struct crypt {
     EVP_CIPHER_CTX *ctx[AEADS];
+    uint8_t text[RECORD_BODY_MAX + 1], out[DATAGRAM_MAX]; /* of what goes out */
+    uint8_t in[DATAGRAM_MAX];                             /* what libssl is to read */
 };
 
 static void crypt_free(struct crypt *c)
 {
-    for (int i = 0; i < AEADS; i++)
+    for (int i = 0; c && i < AEADS; i++)
         EVP_CIPHER_CTX_free(c->ctx[i]);
+    free(c);
 }
 
 /* NULL: no memory. */
@@ -2596,34 +2600,35 @@ static bool wire_open(struct wire *w, bool out, const struct record *r, uint8_t 
     return good;
 }
 
-/* A record that was opened, in the form that libssl knows. False: no memory. */
-static bool wire_plain(struct wire *w, const struct record *r, unsigned type, uint8_t *text, size_t n, uint8_t *out,
+/* A record that was opened, in the form that libssl knows; it reads that before another is made. False: no memory. */
+static bool wire_plain(struct wire *w, const struct record *r, unsigned type, uint8_t *text, size_t n,
                        struct record *plain)
 {
+    uint8_t *out = w->crypt->in;
     size_t size = record_seal(w->crypt, w->keys->aead, &w->keys->in, r, NULL, 0, type, text, n, out);
     errors_clear();
     return size > 0 && record_parse(out, size, plain);
 }
 
 /* What libssl wrote, as it goes out: protected records get the peer's connection ID. Returns its size, 0: it must not. */
-static size_t wire_translate(struct wire *w, const uint8_t *p, size_t n, uint8_t *out, size_t room)
+static size_t wire_translate(struct wire *w, const uint8_t *p, size_t n)
 {
-    uint8_t text[RECORD_BODY_MAX + 1];
+    struct crypt *c = w->crypt;
     struct record r;
     size_t size = 0, done, len;
     unsigned type;
     for (; n > 0; p += r.size, n -= r.size, size += done) {
-        if (!record_parse(p, n, &r) || r.size + w->cid_out_len + 1 > room - size)
+        if (!record_parse(p, n, &r) || r.size + w->cid_out_len + 1 > sizeof c->out - size)
             return 0;
         done = r.size;
         if (r.epoch == 0) {
-            memcpy(out + size, p, done);
+            memcpy(c->out + size, p, done);
             continue;
         }
-        if (!wire_open(w, true, &r, text, &len, &type))
+        if (!wire_open(w, true, &r, c->text, &len, &type))
             return 0;
-        done = record_seal(w->crypt, w->keys->aead, &w->keys->out, &r, w->cid_out_len ? w->cid_out : NULL,
-                           w->cid_out_len, w->as ? w->as : type, text, len, out + size);
+        done = record_seal(c, w->keys->aead, &w->keys->out, &r, w->cid_out_len ? w->cid_out : NULL, w->cid_out_len,
+                           w->as ? w->as : type, c->text, len, c->out + size);
         errors_clear();
         if (done == 0)
             return 0;
@@ -2635,12 +2640,11 @@ static size_t wire_translate(struct wire *w, const uint8_t *p, size_t n, uint8_t
  * a nonce. It counts as lost. */
 static int wire_send(struct wire *w, const uint8_t *p, size_t n)
 {
-    uint8_t out[RECORD_HEADER + RECORD_BODY_MAX + 2 * (UINT8_MAX + 1)];
     if (w->cid_out_len == 0 && !w->as)
         return w->send(w->owner, p, n);
-    n = wire_translate(w, p, n, out, sizeof out);
+    n = wire_translate(w, p, n);
     if (n > 0)
-        return w->send(w->owner, out, n);
+        return w->send(w->owner, w->crypt->out, n);
     w->counters->dropped[DTLS_DROP_SEND]++;
     return 0;
 }
@@ -3017,7 +3021,7 @@ struct dtls_endpoint {
     size_t walks_len;
     struct object waiting; /* connections whose application waits until it can send again */
     struct table associations, sources, identities, sessions, cids, marks, moves;
-    struct crypt crypt;
+    struct crypt *crypt;
     uint8_t cid_prefix[DTLS_CID_MAX];
     int64_t trials_at; /* of roam_trials, so many are left in the second since then */
     int trials_left;
@@ -3907,7 +3911,7 @@ static struct association *assoc_new(dtls_endpoint *ep)
     *a = (struct association){.object.destroy = assoc_destroy, .ep = ep, .buffers = true, .job.run = assoc_work};
     a->inbox_last = &a->inbox;
     a->wire = (struct wire){
-        .mtu = ep->cfg.mtu_bytes, .crypt = &ep->crypt, .send = assoc_send, .owner = a, .counters = &ep->counters};
+        .mtu = ep->cfg.mtu_bytes, .crypt = ep->crypt, .send = assoc_send, .owner = a, .counters = &ep->counters};
     list_init(&a->object);
     if (timer_init(ep->loop, &a->timer, assoc_fire, a) < 0) {
         free(a);
@@ -4718,7 +4722,7 @@ static void traffic_plain(struct association *a, const struct record *r)
 /* One that we open. Alerts, handshake messages and messages that are too long are libssl's business. */
 static void traffic_opened(struct association *a, const struct record *r)
 {
-    uint8_t text[RECORD_BODY_MAX + 1], form[RECORD_HEADER + RECORD_BODY_MAX];
+    uint8_t text[RECORD_BODY_MAX + 1];
     struct wire *w = &a->wire;
     struct record plain;
     size_t n;
@@ -4736,7 +4740,7 @@ static void traffic_opened(struct association *a, const struct record *r)
     } else if (type == TYPE_RRC && w->rrc) {
         if (traffic_arrived(a, text, 0))
             traffic_hear_path(a, text, n);
-    } else if (type >= TYPE_ALERT && type <= TYPE_DATA && wire_plain(w, r, type, text, n, form, &plain)) {
+    } else if (type >= TYPE_ALERT && type <= TYPE_DATA && wire_plain(w, r, type, text, n, &plain)) {
         traffic_seen(a, r);
         a->record = NULL;
         if (a->phase)
@@ -6158,7 +6162,7 @@ static void hs_drop(struct association *a, dtls_drop reason)
 
 /* A record with our connection ID, in the form that libssl knows; any other as it is. False: it is not authentic, comes too
  * early or again, or lacks the ID. */
-static bool hs_opens(struct association *a, const struct record *r, uint8_t *form, struct record *plain)
+static bool hs_opens(struct association *a, const struct record *r, struct record *plain)
 {
     uint8_t text[RECORD_BODY_MAX + 1];
     struct wire *w = &a->wire;
@@ -6168,7 +6172,7 @@ static bool hs_opens(struct association *a, const struct record *r, uint8_t *for
     if (r->type != TYPE_CID)
         return r->epoch == 0 || !w->cid || w->cid_in[0] == 0;
     if (!wire_is_fresh(w, r->sequence) || !wire_open(w, false, r, text, &n, &type) || type < TYPE_ALERT ||
-        type > TYPE_DATA || !wire_plain(w, r, type, text, n, form, plain))
+        type > TYPE_DATA || !wire_plain(w, r, type, text, n, plain))
         return false;
     wire_note(w, r->sequence);
     return true;
@@ -6178,7 +6182,6 @@ static bool hs_opens(struct association *a, const struct record *r, uint8_t *for
  * the state that the next one is checked against. What follows when the connection has opened is for that. */
 static size_t hs_work(struct association *a, const uint8_t *p, size_t n)
 {
-    uint8_t form[RECORD_HEADER + RECORD_BODY_MAX];
     struct record r, plain;
     for (size_t at = 0; at < n && hs_under_way(a); at += r.size) {
         if (!wire_parse(&a->wire, p + at, n - at, &r)) {
@@ -6186,7 +6189,7 @@ static size_t hs_work(struct association *a, const uint8_t *p, size_t n)
             return n; /* what follows cannot be found */
         }
         struct guard g = hs_guard(a);
-        int verdict = hs_opens(a, &r, form, &plain) ? guard_handshake(&g, &plain) : DTLS_DROP_CID;
+        int verdict = hs_opens(a, &r, &plain) ? guard_handshake(&g, &plain) : DTLS_DROP_CID;
         if (verdict == GUARD_PASS) {
             hs_take(a, &plain, g.keyed);
             return at + r.size;
@@ -7113,20 +7116,6 @@ static bool ep_give(struct association *a, const uint8_t *p, size_t n)
 
 /* Peers that come from another address. */
 
-/* Keys may be tried only so often: whoever sends datagrams can ask for it. */
-static bool ep_may_try(dtls_endpoint *ep)
-{
-    int64_t now = ep->loop->now;
-    if (now - ep->trials_at >= us(1000)) {
-        ep->trials_at = now;
-        ep->trials_left = ep->cfg.roam_trials;
-    }
-    if (ep->trials_left == 0)
-        return false;
-    ep->trials_left--;
-    return true;
-}
-
 /* The association's peer sent this, and nothing newer was there before: then its address is that of the datagram, to which
  * it is moved. The record at its old address may be the newest one itself, of which somebody sent a copy from elsewhere. */
 static bool ep_is_from(struct association *a, const struct record *r, const struct path *from)
@@ -7147,35 +7136,70 @@ static bool ep_is_from(struct association *a, const struct record *r, const stru
     return false;
 }
 
-/* Without a connection ID: those whose peer was there a moment ago, those that the nonce tells, those from the same source. */
-static struct association *ep_search(dtls_endpoint *ep, const struct record *r, const struct path *from)
+/* Whose record one without a connection ID may be. The first that is looked at costs next to nothing; for others there is a
+ * limit, since whoever sends datagrams can make us look. */
+struct search {
+    dtls_endpoint *ep;
+    const struct record *r;
+    const struct path *from;
+    int looked_at;
+    bool refused;
+};
+
+static bool search_may_look(struct search *s)
 {
-    struct entry *e = table_first(&ep->moves, assoc_hash(&ep->moves, &from->peer)), *next;
-    for (; e; e = next) {
+    dtls_endpoint *ep = s->ep;
+    int64_t now = ep->loop->now;
+    if (s->looked_at++ == 0)
+        return true;
+    if (now - ep->trials_at >= us(1000)) {
+        ep->trials_at = now;
+        ep->trials_left = ep->cfg.roam_trials;
+    }
+    s->refused = s->looked_at > ep->cfg.roam_trials_each || ep->trials_left == 0;
+    ep->trials_left -= !s->refused;
+    return !s->refused;
+}
+
+/* Those whose peer was there a moment ago. What it sent before it left may come late. */
+static struct association *search_moved(struct search *s)
+{
+    const struct table *t = &s->ep->moves;
+    struct entry *e = table_first(t, assoc_hash(t, &s->from->peer)), *next;
+    for (; e && search_may_look(s); e = next) {
         struct association *a = OWNER_OF(struct move, entry, e)->a;
         next = table_next(e);
-        if (path_equal(&a->move->old, from) && (ep_is_from(a, r, from) || r->sequence < a->wire.newest))
+        if (path_equal(&a->move->old, s->from) && (ep_is_from(a, s->r, s->from) || s->r->sequence < a->wire.newest))
             return a;
     }
-    int left = ep->cfg.roam_trials_each;
-    e = r->body_len >= OVERHEAD_MAX ? table_first(&ep->marks, assoc_mark_hash(ep, assoc_mark(r))) : NULL;
-    for (bool first = true; e && (first || (left-- > 0 && ep_may_try(ep))); e = next, first = false) {
+    return NULL;
+}
+
+/* Those that the nonce tells; *there: some are. */
+static struct association *search_marked(struct search *s, bool *there)
+{
+    const struct table *t = &s->ep->marks;
+    struct entry *e = s->r->body_len < OVERHEAD_MAX ? NULL : table_first(t, assoc_mark_hash(s->ep, assoc_mark(s->r))),
+                 *next;
+    *there = e != NULL;
+    for (; e && search_may_look(s); e = next) {
         struct association *a = OWNER_OF(struct association, mark_entry, e);
         next = table_next(e);
-        if (ep_is_from(a, r, from))
+        if (ep_is_from(a, s->r, s->from))
             return a;
     }
-    struct source *s = source_find(ep, &from->peer);
-    struct association *a = s ? s->first[2] : NULL, *last = s ? s->last[2] : NULL, *after;
-    for (; a; a = a == last ? NULL : after) {
-        after = a->source_next;
-        if (r->sequence <= a->wire.newest || r->sequence - a->wire.newest > BLIND_AHEAD)
-            continue;
-        if (left-- == 0 || !ep_may_try(ep)) {
-            ep->counters.trials_refused++;
-            return NULL;
-        }
-        if (ep_is_from(a, r, from))
+    return NULL;
+}
+
+/* Those from the same source, the one that was looked at longest ago first. */
+static struct association *search_blindly(struct search *s)
+{
+    struct source *source = source_find(s->ep, &s->from->peer);
+    struct association *a = source ? source->first[2] : NULL, *last = source ? source->last[2] : NULL, *next;
+    for (; a && search_may_look(s); a = a == last ? NULL : next) {
+        bool near = s->r->sequence > a->wire.newest && s->r->sequence - a->wire.newest <= BLIND_AHEAD;
+        next = a->source_next;
+        if (near && ep_is_from(a, s->r, s->from))
             return a;
         source_tried(a);
     }
@@ -7189,7 +7213,12 @@ static bool ep_roams(dtls_endpoint *ep, const struct path *from, const uint8_t *
     if (!ep->listening || ep->cfg.roam_trials == DTLS_NEVER || !record_parse(p, n, &r) || r.size != n || r.epoch != 1 ||
         (r.type != TYPE_DATA && r.type != TYPE_ALERT) || r.body_len < OVERHEAD_MIN)
         return false;
-    struct association *a = ep_search(ep, &r, from);
+    struct search s = {.ep = ep, .r = &r, .from = from};
+    bool marked = false;
+    struct association *a = search_moved(&s);
+    a = a ? a : search_marked(&s, &marked);
+    a = a || marked ? a : search_blindly(&s);
+    ep->counters.trials_refused += s.refused;
     if (a)
         ep_pass(a, from, p, n);
     return a != NULL;
@@ -7638,7 +7667,7 @@ static void ep_destroy(struct object *o)
     free(ep->cids.slots);
     free(ep->marks.slots);
     free(ep->moves.slots);
-    crypt_free(&ep->crypt);
+    crypt_free(ep->crypt);
     timer_done(ep->loop, &ep->kinds_timer);
     BIO_ADDR_free(ep->listen_addr);
     trust_free(&ep->trust);
@@ -7717,7 +7746,9 @@ static int ep_setup(dtls_endpoint *ep, dtls_error *err)
         memcpy(ep->cid_prefix, ep->cfg.cid_prefix, ep->cfg.cid_prefix_len);
     ep->bio_method = bio_method_new();
     ep->listen_addr = BIO_ADDR_new();
-    if (!ep->bio_method || !ep->listen_addr)
+    ep->crypt = calloc(1, sizeof *ep->crypt);
+    ep->trials_left = ep->cfg.roam_trials;
+    if (!ep->bio_method || !ep->listen_addr || !ep->crypt)
         return fail(err, DTLS_ERR_MEMORY, "out of memory");
     if (!ep_make_tables(ep))
         return fail(err, DTLS_ERR_MEMORY, "out of memory, or of random numbers");

@@ -7,7 +7,7 @@
 # Where the compiler has no libFuzzer, the corpus is replayed, which any compiler can.
 set -u
 cd "$(dirname -- "$0")/.." || exit 1
-targets='server client addr program'
+targets='server client addr program cid'
 mode=${1-}
 case "$mode $# $targets " in
 'quick 1'* | 'all 1'*) ;;
@@ -42,6 +42,7 @@ sources() { # target
     case $1 in
     server | client | addr) echo "tests/fuzz_$1.c dtls.c $libssl" ;;
     program) echo "tests/fuzz_$1.c $libssl $libedit" ;;
+    cid) echo "tests/fuzz_$1.c $libssl" ;;
     esac
 }
 
@@ -55,12 +56,13 @@ quick_runs() { # target
     client) echo 4000 ;;
     addr) echo 60000 ;;
     program) echo 500000 ;;
+    cid) echo 40000 ;;
     esac
 }
 
 longest() { # target
     case $1 in
-    server | client) echo 1024 ;;
+    server | client | cid) echo 1024 ;;
     addr | program) echo 256 ;;
     esac
 }
