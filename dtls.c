@@ -4341,6 +4341,8 @@ static bool assoc_move(struct association *a, const struct path *to, const struc
     assoc_place(a);
     assoc_arm(a);
     assoc_moved(a, &was.peer, "moved from", &was.peer);
+    if (back && a->conn->state == CONN_OPEN)
+        conn_tell_writable(a->conn);
     return true;
 }
 
@@ -7116,20 +7118,22 @@ static bool ep_give(struct association *a, const uint8_t *p, size_t n)
 
 /* Peers that come from another address. */
 
-/* The association's peer sent this, and nothing newer was there before: then its address is that of the datagram, to which
- * it is moved. The record at its old address may be the newest one itself, of which somebody sent a copy from elsewhere. */
+/* Whether the association's peer sent this, from there. Where nothing newer was there before it is moved there. A record from
+ * where it was before is the newest one also where it came already: then somebody sent a copy of it from elsewhere. */
 static bool ep_is_from(struct association *a, const struct record *r, const struct path *from)
 {
     uint8_t text[RECORD_BODY_MAX + 1];
     size_t n;
     unsigned type;
-    bool back = a->move && path_equal(&a->move->old, from);
-    if (!a->phase || a->handshake || !a->conn->server || r->sequence + back <= a->wire.newest)
+    bool back = a->move && path_equal(&a->move->old, from), newest = r->sequence + back > a->wire.newest;
+    if (!a->phase || a->handshake || !a->conn->server || !(back || newest))
         return false;
     a->ep->counters.trials++;
-    if (!wire_open(&a->wire, false, r, text, &n, &type) ||
-        (type == TYPE_RRC && back && n == PATH_MESSAGE && text[0] == PATH_DROP)) /* "I am not here any more" */
+    if (!wire_open(&a->wire, false, r, text, &n, &type))
         return false;
+    if (!newest ||
+        (back && type == TYPE_RRC && n == PATH_MESSAGE && text[0] == PATH_DROP)) /* "I am not here any more" */
+        return true;
     if (assoc_move(a, from, r))
         return true;
     ep_count(a->ep, DTLS_DROP_LIMIT);
@@ -7169,7 +7173,7 @@ static struct association *search_moved(struct search *s)
     for (; e && search_may_look(s); e = next) {
         struct association *a = OWNER_OF(struct move, entry, e)->a;
         next = table_next(e);
-        if (path_equal(&a->move->old, s->from) && (ep_is_from(a, s->r, s->from) || s->r->sequence < a->wire.newest))
+        if (path_equal(&a->move->old, s->from) && ep_is_from(a, s->r, s->from))
             return a;
     }
     return NULL;

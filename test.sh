@@ -9,9 +9,9 @@
 # exit status is 1 if anything failed, or if nothing passed. LIMIT_S seconds (300) are a program's limit without "all".
 set -u
 cd "$(dirname -- "$0")" || exit 1
-programs='library unit edges odd standards anew trust keyholder memory loops threads simulate faults fuzz backend dropin e2e identity peers loss hostile blackhole bench'
+programs='library unit edges odd standards anew trust moves keyholder memory loops threads simulate faults fuzz backend dropin e2e identity peers loss hostile blackhole bench'
 more='valgrind coverage'
-named='unit edges odd standards anew trust keyholder memory loops threads fuzz backend e2e identity peers loss hostile blackhole' # have tests to choose from
+named='unit edges odd standards anew trust moves keyholder memory loops threads fuzz backend e2e identity peers loss hostile blackhole' # have tests to choose from
 mode=quick
 limit_s=${LIMIT_S:-300} # for each program
 worlds=600              # simulated with an optimizing compiler, and
@@ -140,6 +140,7 @@ if wanted odd; then build odd "$sanitize" tests/odd.c dtls.c $libssl; fi
 if wanted standards; then build standards "$sanitize" tests/standards.c dtls.c $libssl; fi
 if wanted anew; then build anew "$sanitize" tests/anew.c dtls.c $libssl; fi
 if wanted trust; then build trust "$sanitize" tests/trust.c dtls.c $libssl; fi
+if wanted moves; then build moves "$sanitize" tests/moves.c dtls.c $libssl; fi
 if wanted keyholder; then build keyholder "$sanitize" tests/keyholder.c dtls.c $libssl; fi
 if wanted memory; then build memory "$sanitize" tests/memory.c dtls.c $libssl; fi
 if wanted loops; then build loops "$sanitize" tests/loops.c dtls.c $libssl; fi
@@ -178,6 +179,7 @@ run odd tests/build/odd tests/build/odd "$CERTS_DIR" "$@"
 run standards tests/build/standards tests/build/standards "$CERTS_DIR" "$@"
 run anew tests/build/anew tests/build/anew "$CERTS_DIR" "$@"
 run trust tests/build/trust tests/build/trust "$CERTS_DIR" "$@"
+run moves tests/build/moves tests/build/moves "$CERTS_DIR" "$@"
 run keyholder tests/build/keyholder tests/build/keyholder "$CERTS_DIR" "$@"
 run memory tests/build/memory tests/build/memory "$CERTS_DIR" "$@"
 run loops tests/build/loops tests/build/loops "$CERTS_DIR" "$@"

@@ -56,12 +56,13 @@ def programs(certs):
     yield make("standards", "tests/standards.c")
     yield make("anew", "tests/anew.c")
     yield make("trust", "tests/trust.c")
+    yield make("moves", "tests/moves.c")
     yield make("keyholder", "tests/keyholder.c", command=[str(BUILD / "keyholder/program")])
     yield make("memory", "tests/memory.c")
     yield make("loops", "tests/loops.c")
     yield make("simulate", "tests/simulate.c", command=[str(BUILD / "simulate/program"), "150"])
     yield make("faults", "tests/faults.c", flags=wraps(), command=["sh", "-c", FAULTS, str(BUILD / "faults/program"), certs])
-    for target in ("server", "client", "addr"):
+    for target in ("server", "client", "addr", "cid"):
         inputs = sorted(str(path) for path in (ROOT / "tests/corpus" / target).iterdir())
         yield make(f"fuzz-{target}", f"tests/fuzz_{target}.c", "tests/fuzz_replay.c",
                    command=[str(BUILD / f"fuzz-{target}/program"), *inputs])

@@ -109,7 +109,7 @@ install() { # packages
 # Not what needs sanitizers, and not the peers and floods, which wait for real time.
 bookworm_without_sanitizers() { # cell, environment, what else there is to say
     builds "$1" "$2" || return
-    programs "$1" "$2" 'library unit edges odd standards anew trust keyholder memory loops backend dropin e2e simulate faults' || return
+    programs "$1" "$2" 'library unit edges odd standards anew trust moves keyholder memory loops backend dropin e2e simulate faults' || return
     done_with "$1" 3.0 "$3"
 }
 
