@@ -272,8 +272,10 @@ static int batch_send(int fd, batch_msg *msgs, unsigned n)
 
 #ifdef __GNUC__
 #define PRINTF_LIKE(text, first) __attribute__((format(printf, text, first)))
+#define APART __attribute__((noinline)) /* a large buffer that its caller most often does without */
 #else
 #define PRINTF_LIKE(text, first)
+#define APART
 #endif
 
 static int fail(dtls_error *err, int code, const char *format, ...) PRINTF_LIKE(3, 4);
@@ -2326,6 +2328,8 @@ static const struct aead *aead_of(const SSL_CIPHER *suite)
  * which a thread's stack may not have. Who uses it sets the key. */
 struct crypt {
     EVP_CIPHER_CTX *ctx[AEADS];
+    uint8_t key[AEADS][AEAD_KEY_MAX]; /* that each has: who comes next may need the same */
+    bool keyed[AEADS];
     uint8_t text[RECORD_BODY_MAX + 1], out[DATAGRAM_MAX]; /* of what goes out */
     uint8_t in[DATAGRAM_MAX];                             /* what libssl is to read */
 };
@@ -2334,6 +2338,8 @@ static void crypt_free(struct crypt *c)
 {
     for (int i = 0; c && i < AEADS; i++)
         EVP_CIPHER_CTX_free(c->ctx[i]);
+    if (c)
+        OPENSSL_cleanse(c, sizeof *c);
     free(c);
 }
 
@@ -2362,6 +2368,17 @@ struct sealing {
     size_t aad_len;
 };
 
+/* The key that is to be set; NULL: it is already. CCM's goes with the lengths of each record. */
+static const uint8_t *crypt_key(struct crypt *c, const struct sealing *s, bool ccm)
+{
+    size_t i = (size_t)(s->aead - aeads);
+    if (c->keyed[i] && !ccm && memcmp(c->key[i], s->key, s->aead->key) == 0)
+        return NULL;
+    memcpy(c->key[i], s->key, s->aead->key);
+    c->keyed[i] = true;
+    return s->key;
+}
+
 /* From `in` to `out`, n bytes of text; the tag is behind the sealed one. */
 static bool crypt_run(struct crypt *c, const struct sealing *s, bool seals, const uint8_t *in, size_t n, uint8_t *out)
 {
@@ -2373,14 +2390,16 @@ static bool crypt_run(struct crypt *c, const struct sealing *s, bool seals, cons
         return false;
     if (!seals)
         memcpy(tag, in + n, s->aead->tag);
-    return (seals || !ccm || EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_AEAD_SET_TAG, s->aead->tag, tag) == 1) &&
-           EVP_CipherInit_ex(ctx, NULL, NULL, s->key, s->nonce, seals) == 1 &&
-           (seals || ccm || EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_AEAD_SET_TAG, s->aead->tag, tag) == 1) &&
-           (!ccm || EVP_CipherUpdate(ctx, NULL, &len, NULL, (int)n) == 1) &&
-           EVP_CipherUpdate(ctx, NULL, &len, s->aad, (int)s->aad_len) == 1 &&
-           EVP_CipherUpdate(ctx, out, &len, in, (int)n) == 1 &&
-           (!seals && ccm ? 1 : EVP_CipherFinal_ex(ctx, out + n, &len)) == 1 &&
-           (!seals || EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_AEAD_GET_TAG, s->aead->tag, out + n) == 1);
+    bool good = (seals || !ccm || EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_AEAD_SET_TAG, s->aead->tag, tag) == 1) &&
+                EVP_CipherInit_ex(ctx, NULL, NULL, crypt_key(c, s, ccm), s->nonce, seals) == 1 &&
+                (seals || ccm || EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_AEAD_SET_TAG, s->aead->tag, tag) == 1) &&
+                (!ccm || EVP_CipherUpdate(ctx, NULL, &len, NULL, (int)n) == 1) &&
+                EVP_CipherUpdate(ctx, NULL, &len, s->aad, (int)s->aad_len) == 1 &&
+                EVP_CipherUpdate(ctx, out, &len, in, (int)n) == 1 &&
+                (!seals && ccm ? 1 : EVP_CipherFinal_ex(ctx, out + n, &len)) == 1 &&
+                (!seals || EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_AEAD_GET_TAG, s->aead->tag, out + n) == 1);
+    c->keyed[s->aead - aeads] = good; /* one that failed may lack its key */
+    return good;
 }
 
 /* One direction's, RFC 5246 section 6.3. */
@@ -2536,7 +2555,9 @@ struct wire {
     int headers;          /* what IP and UDP take of it */
     size_t largest;       /* datagram of the present flight */
     struct flight *flight;
-    bool written; /* libssl wrote a datagram since this was cleared */
+    bool written;     /* libssl wrote a datagram since this was cleared */
+    const void *text; /* of the record that libssl writes, NULL where it is not known */
+    size_t text_len;
     SSL *ssl;
     struct crypt *crypt;
     struct record_keys *keys;         /* NULL: not needed yet, or not known to be the right ones */
@@ -2610,6 +2631,18 @@ static bool wire_plain(struct wire *w, const struct record *r, unsigned type, ui
     return size > 0 && record_parse(out, size, plain);
 }
 
+/* The text of a record that libssl wrote. */
+static bool wire_text(struct wire *w, const struct record *r, size_t *len, unsigned *type)
+{
+    const struct record_keys *k = w->keys;
+    if (!k || !w->text || r->type != TYPE_DATA || r->body_len != w->text_len + k->aead->explicit + k->aead->tag)
+        return wire_open(w, true, r, w->crypt->text, len, type);
+    memcpy(w->crypt->text, w->text, w->text_len);
+    *len = w->text_len;
+    *type = r->type;
+    return true;
+}
+
 /* What libssl wrote, as it goes out: protected records get the peer's connection ID. Returns its size, 0: it must not. */
 static size_t wire_translate(struct wire *w, const uint8_t *p, size_t n)
 {
@@ -2625,7 +2658,7 @@ static size_t wire_translate(struct wire *w, const uint8_t *p, size_t n)
             memcpy(c->out + size, p, done);
             continue;
         }
-        if (!wire_open(w, true, &r, c->text, &len, &type))
+        if (!wire_text(w, &r, &len, &type))
             return 0;
         done = record_seal(c, w->keys->aead, &w->keys->out, &r, w->cid_out_len ? w->cid_out : NULL, w->cid_out_len,
                            w->as ? w->as : type, c->text, len, c->out + size);
@@ -4526,9 +4559,12 @@ static int traffic_seal(struct association *a, const void *data, size_t len, uns
         return DTLS_ERR_TLS;
     errors_clear();
     a->wire.as = as;
+    a->wire.text = data;
+    a->wire.text_len = len;
     a->via = via;
     int n = SSL_write(a->ssl, data, (int)len);
     a->wire.as = 0;
+    a->wire.text = NULL;
     a->via = NULL;
     int e = n > 0 ? SSL_ERROR_NONE : SSL_get_error(a->ssl, n);
     if (e == SSL_ERROR_NONE)
@@ -4722,7 +4758,7 @@ static void traffic_plain(struct association *a, const struct record *r)
 }
 
 /* One that we open. Alerts, handshake messages and messages that are too long are libssl's business. */
-static void traffic_opened(struct association *a, const struct record *r)
+static APART void traffic_opened(struct association *a, const struct record *r)
 {
     uint8_t text[RECORD_BODY_MAX + 1];
     struct wire *w = &a->wire;
@@ -7120,7 +7156,7 @@ static bool ep_give(struct association *a, const uint8_t *p, size_t n)
 
 /* Whether the association's peer sent this, from there. Where nothing newer was there before it is moved there. A record from
  * where it was before is the newest one also where it came already: then somebody sent a copy of it from elsewhere. */
-static bool ep_is_from(struct association *a, const struct record *r, const struct path *from)
+static APART bool ep_is_from(struct association *a, const struct record *r, const struct path *from)
 {
     uint8_t text[RECORD_BODY_MAX + 1];
     size_t n;
