@@ -1211,6 +1211,37 @@ static void scenario_trust(void)
     dtls_loop_free(loop);
 }
 
+/* A client goes on from other ports, first with connection IDs, then without: the server looks for its key. */
+static void moves_with(int cid_bytes)
+{
+    server.ep = endpoint("server", (dtls_config){.on_event = server_event, .cid_bytes = cid_bytes});
+    client.ep = endpoint("client", (dtls_config){.on_event = client_event, .cid_bytes = cid_bytes == 0 ? 4 : 0});
+    client.target = (dtls_target){.peer = listening("127.0.0.1:0"), .name = "localhost"};
+    connected();
+    talk(64);
+    for (int moves = 0; moves < 3; moves++) {
+        int r = client.conn ? dtls_conn_rebind(client.conn) : DTLS_ERR_STATE;
+        if (r < 0)
+            refused_code("dtls_conn_rebind", r);
+        if (!client.conn)
+            lost("a move");
+        talk_lossy();
+    }
+    close_all();
+    if (outcome->fired)
+        probe();
+    dtls_endpoint_free(client.ep);
+    dtls_endpoint_free(server.ep);
+}
+
+static void scenario_moves(void)
+{
+    loop_begin();
+    moves_with(0);
+    moves_with(DTLS_NEVER);
+    dtls_loop_free(loop);
+}
+
 static const struct scenario {
     const char *name;
     void (*run)(void);
@@ -1218,7 +1249,7 @@ static const struct scenario {
 } scenarios[] = {{"loop", scenario_loop, false},     {"sockets", scenario_sockets, false},
                  {"memory", scenario_memory, false}, {"crowd", scenario_crowd, false},
                  {"host", scenario_host, false},     {"trust", scenario_trust, false},
-                 {"first", scenario_first, true}};
+                 {"moves", scenario_moves, false},   {"first", scenario_first, true}};
 enum { SCENARIOS = sizeof scenarios / sizeof *scenarios };
 
 /* ---- runs ---- */
