@@ -22,18 +22,19 @@
  *    2  base         errors, addresses, a keyed hash and a table
  *    3  loop         objects and when they are freed, timers, jobs, descriptors, signals, posts, one turn
  *    4  datagrams    UDP sockets: batches in and out, local addresses, the send queue; knows no DTLS
- *    5  wire         records, the guard in front of libssl, flights, the BIO
+ *    5  wire         records, the guard in front of libssl, record keys and connection IDs, flights, the BIO
  *    6  peers        the structs of all below; where peers come from, whom their certificates name, sessions, the log
- *    7  connection   associations and connections: the table, deadlines, jobs, their end, the name that is expected
- *    8  traffic      an open connection: its deadlines, reading, sending, what one can ask of it
+ *    7  connection   associations and connections: how they are found, deadlines, jobs, moves, their end, the name
+ *    8  traffic      an open connection: its deadlines, reading, sending, where its peer is, what one can ask of it
  *    9  handshake    its states and their transitions, its deadlines, new starts; it ends by opening the connection
  *   10  context      configuration, certificates, versions, ciphers, sessions
- *   11  endpoint     cookies, ClientHellos, listening, connecting
+ *   11  endpoint     cookies, ClientHellos, peers at new addresses, listening, connecting
  *   12  program      with -DDTLS_MAIN: options, server, client
  *
  * A datagram's way in:  udp_readable, then ep_listening_input (which association, or the cookie exchange) or
- * ep_own_input (a client's own socket), then hs_input or traffic_input (the guard), bio_read, libssl, on_event. And out:
- * dtls_conn_send, libssl, bio_write, assoc_send, udp_send, and one flush at the end of the turn.
+ * assoc_own_input (a client's own socket), then hs_input or traffic_input (the guard), bio_read, libssl, on_event. And out:
+ * dtls_conn_send, libssl, bio_write, wire_send, assoc_send, udp_send, and one flush at the end of the turn. What has a
+ * connection ID is opened before libssl, which knows none, and translated behind it (part 5).
  */
 
 /* ==== 1. platform ================================================================================================= */
@@ -108,6 +109,9 @@
 #error "dtls.c needs OpenSSL, 1.1.1 or later; LibreSSL and BoringSSL lack calls that it makes"
 #elif OPENSSL_VERSION_NUMBER < 0x30000000L
 #define SSL_get1_peer_certificate SSL_get_peer_certificate
+#endif
+#if OPENSSL_VERSION_NUMBER < 0x30300000L
+#define SSL_SESSION_get_time_ex SSL_SESSION_get_time
 #endif
 #if OPENSSL_VERSION_NUMBER < 0x40000000L /* the store's own list; later one has to take a copy */
 #define store_objects X509_STORE_get0_objects
@@ -2299,21 +2303,19 @@ static int guard_open(size_t overhead, const struct record *r)
 
 struct aead {
     int nid;
-    const char *name; /* in OpenSSL's name of the suite, where the nid does not tell */
-    const EVP_CIPHER *(*cipher)(void);
+    const char *name;                 /* in OpenSSL's name of the suite, where the nid does not tell */
     uint8_t key, salt, explicit, tag; /* bytes; explicit: of the nonce, in each record */
 };
 
-enum { AEADS = 7, NONCE_BYTES = 12, AEAD_KEY_MAX = 32, TAG_MAX = 16, MASTER_BYTES = 48 };
+enum { NONCE_BYTES = 12, AEAD_KEY_MAX = 32, TAG_MAX = 16, MASTER_BYTES = 48 };
 
-/* RFC 5288, 6655, 7905. */
-static const struct aead aeads[AEADS] = {{NID_aes_128_gcm, "", EVP_aes_128_gcm, 16, 4, 8, 16},
-                                         {NID_aes_256_gcm, "", EVP_aes_256_gcm, 32, 4, 8, 16},
-                                         {NID_chacha20_poly1305, "", EVP_chacha20_poly1305, 32, 12, 0, 16},
-                                         {NID_aes_128_ccm, "CCM8", EVP_aes_128_ccm, 16, 4, 8, 8},
-                                         {NID_aes_256_ccm, "CCM8", EVP_aes_256_ccm, 32, 4, 8, 8},
-                                         {NID_aes_128_ccm, "", EVP_aes_128_ccm, 16, 4, 8, 16},
-                                         {NID_aes_256_ccm, "", EVP_aes_256_ccm, 32, 4, 8, 16}};
+/* RFC 5288, 6655, 7905, 6209. */
+static const struct aead aeads[] = {{NID_aes_128_gcm, "", 16, 4, 8, 16},        {NID_aes_256_gcm, "", 32, 4, 8, 16},
+                                    {NID_chacha20_poly1305, "", 32, 12, 0, 16}, {NID_aes_128_ccm, "CCM8", 16, 4, 8, 8},
+                                    {NID_aes_256_ccm, "CCM8", 32, 4, 8, 8},     {NID_aes_128_ccm, "", 16, 4, 8, 16},
+                                    {NID_aes_256_ccm, "", 32, 4, 8, 16},        {NID_aria_128_gcm, "", 16, 4, 8, 16},
+                                    {NID_aria_256_gcm, "", 32, 4, 8, 16}};
+enum { AEADS = sizeof aeads / sizeof *aeads };
 
 /* NULL: another kind of suite. */
 static const struct aead *aead_of(const SSL_CIPHER *suite)
@@ -2351,7 +2353,7 @@ static EVP_CIPHER_CTX *crypt_get(struct crypt *c, const struct aead *aead, int s
     bool made = !*ctx;
     if (made && !(*ctx = EVP_CIPHER_CTX_new()))
         return NULL;
-    if ((!made && !ccm) || (EVP_CipherInit_ex(*ctx, aead->cipher(), NULL, NULL, NULL, seals) == 1 &&
+    if ((!made && !ccm) || (EVP_CipherInit_ex(*ctx, EVP_get_cipherbynid(aead->nid), NULL, NULL, NULL, seals) == 1 &&
                             (!ccm || (EVP_CIPHER_CTX_ctrl(*ctx, EVP_CTRL_AEAD_SET_IVLEN, NONCE_BYTES, NULL) == 1 &&
                                       EVP_CIPHER_CTX_ctrl(*ctx, EVP_CTRL_AEAD_SET_TAG, aead->tag, NULL) == 1))))
         return *ctx;
@@ -5225,7 +5227,7 @@ static bool hs_may_offer(const struct association *a, const SSL *ssl, SSL_SESSIO
     for (int i = 0; i < sk_SSL_CIPHER_num(suites); i++)
         known = known || sk_SSL_CIPHER_value(suites, i) == suite;
     return known && SSL_SESSION_is_resumable(session) && SSL_SESSION_get_protocol_version(session) == DTLS1_2_VERSION &&
-           SSL_SESSION_get_time(session) >= a->ep->trust.since &&
+           SSL_SESSION_get_time_ex(session) >= a->ep->trust.since &&
            (cert ? !time_is_past(X509_get0_notAfter(cert)) && name_is_expected(a, cert)
                  : SSL_CIPHER_get_auth_nid(suite) == NID_auth_psk);
 }
@@ -6827,19 +6829,7 @@ static void ctx_message(int outgoing, int version, int type, const void *bytes, 
     }
 }
 
-/* Connection IDs. A client offers its own, a server answers with its own, and each puts the other's into its records. Only with
- * suites whose records we can open; those that on_ssl_ctx brought may be of another kind. */
-
-static bool ctx_may_have_cid(SSL *ssl)
-{
-    const STACK_OF(SSL_CIPHER) *suites = SSL_get_ciphers(ssl);
-    const SSL_CIPHER *chosen = SSL_get_pending_cipher(ssl);
-    for (int i = 0; !chosen && i < sk_SSL_CIPHER_num(suites); i++)
-        if (!aead_of(sk_SSL_CIPHER_value(suites, i)) &&
-            strcmp(SSL_CIPHER_get_version(sk_SSL_CIPHER_value(suites, i)), "TLSv1.3") != 0)
-            return false;
-    return !chosen || aead_of(chosen);
-}
+/* Connection IDs. A client offers its own, a server answers with its own, and each puts the other's into its records. */
 
 static int ctx_cid_add(SSL *ssl, unsigned type, unsigned context, const unsigned char **out, size_t *len, X509 *cert,
                        size_t chain, int *alert, void *user)
@@ -6853,7 +6843,7 @@ static int ctx_cid_add(SSL *ssl, unsigned type, unsigned context, const unsigned
         a->wire.rrc = a->wire.rrc && a->wire.cid;
         return server ? a->wire.rrc : a->wire.offers;
     }
-    if (!ctx_may_have_cid(ssl) || !assoc_draw_cid(a)) {
+    if ((server && !aead_of(SSL_get_pending_cipher(ssl))) || !assoc_draw_cid(a)) {
         free(a->wire.cid_out); /* the client's, which is not agreed upon */
         a->wire.cid_out = NULL;
         a->wire.cid_out_len = 0;
@@ -7167,8 +7157,7 @@ static APART bool ep_is_from(struct association *a, const struct record *r, cons
     a->ep->counters.trials++;
     if (!wire_open(&a->wire, false, r, text, &n, &type))
         return false;
-    if (!newest ||
-        (back && type == TYPE_RRC && n == PATH_MESSAGE && text[0] == PATH_DROP)) /* "I am not here any more" */
+    if (!newest || (type == TYPE_RRC && n == PATH_MESSAGE && text[0] == PATH_DROP)) /* "I am not here any more" */
         return true;
     if (assoc_move(a, from, r))
         return true;

@@ -4,6 +4,7 @@
 #include "world.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <netinet/in.h>
 #include <openssl/pem.h>
@@ -378,6 +379,10 @@ static void test_ranges(void)
         {.max_chain_bytes = 65537},
         {.max_conns_per_address = -2},
         {.max_conns_per_identity = -2},
+        {.roam_trials = -2},
+        {.roam_trials_each = -1},
+        {.cid_bytes = DTLS_CID_MAX + 1},
+        {.cid_bytes = DTLS_CID_EMPTY - 1},
     };
     const char *wrong = NULL;
     loop = dtls_loop_new(NULL);
@@ -672,6 +677,67 @@ static void test_wildcard(void)
         CHECK_TEXT(got, dtls_addr_format(&t.peer, wanted, sizeof wanted), "%s", what);
     }
     dtls_loop_free(loop);
+}
+
+static int poll_for(const int *count, int value)
+{
+    for (int i = 0; i < POLLS && *count < value; i++)
+        dtls_loop_poll(loop, POLL_MS);
+    return *count >= value;
+}
+
+static int descriptors(void)
+{
+    int n = 0;
+    for (int fd = 0; fd < 256; fd++)
+        n += fcntl(fd, F_GETFD) != -1;
+    return n;
+}
+
+/* Through sockets. A client has one more for a while, however often it goes on from another port. */
+static void test_rebinding(void)
+{
+    for (int cid_bytes = DTLS_NEVER; cid_bytes <= 0; cid_bytes++) {
+        dtls_addr addr = address("127.0.0.1:0");
+        dtls_info before, after;
+        loop = server.loop = client.loop = dtls_loop_new(NULL);
+        side_open(&server, "server", (dtls_config){.cid_bytes = cid_bytes});
+        side_open(&client, "client", (dtls_config){0});
+        server.echo = 1;
+        dtls_endpoint_listen(server.ep, &addr, NULL);
+        dtls_target t = {.peer = addr, .name = "localhost"};
+        dtls_conn *c = dtls_endpoint_connect(client.ep, &t, NULL);
+        CHECK_EQ(dtls_conn_rebind(c), DTLS_ERR_STATE, "not before it is connected");
+        REQUIRE(poll_for(&client.connected, 1) && poll_for(&server.connected, 1), "a connection");
+        CHECK_EQ(dtls_conn_rebind(server.conn), DTLS_ERR_STATE, "a server has one socket for all");
+        dtls_conn_send(c, "before", 6);
+        CHECK(poll_for(&client.messages, 1));
+        dtls_conn_info(c, &before);
+        int fds = descriptors();
+        for (int i = 1; i <= 5; i++) {
+            CHECK(dtls_conn_rebind(c) == 0 && client.moved == i);
+            dtls_conn_info(c, &after);
+            CHECK(after.local.port != before.local.port && dtls_addr_equal(&client.before, &before.local));
+            before = after;
+            dtls_conn_send(c, "behind", 6);
+            CHECK(poll_for(&client.messages, 1 + i) && server.moved == i);
+            dtls_conn_info(server.conn, &after);
+            CHECK(dtls_addr_equal(&after.peer, &before.local));
+        }
+        CHECK_EQ(descriptors(), fds + 1, "%s: five moves, and one old socket",
+                 cid_bytes ? "without an ID" : "with one");
+        dtls_conn_close(c);
+        CHECK(poll_for(&server.closed, 1));
+        dtls_loop_poll(loop, 0);
+        CHECK_EQ(descriptors(), fds - 1, "and none behind its end");
+        dtls_loop_free(loop);
+        memset(&server, 0, sizeof server);
+        memset(&client, 0, sizeof client);
+    }
+    start((dtls_config){0}, (dtls_config){0});
+    REQUIRE(connected(), "a connection");
+    CHECK_EQ(dtls_conn_rebind(client.conn), DTLS_ERR_STATE, "a transport of one's own has its own addresses");
+    stop();
 }
 
 static void count_drops(const char *what, const dtls_addr *to, const void *data, size_t len, dtls_endpoint *ep,
@@ -1289,6 +1355,7 @@ int main(int argc, char **argv)
         {"listening on own", test_listening_on_own},
         {"freed in a burst", test_freed_in_a_burst},
         {"wildcard", test_wildcard},
+        {"rebinding", test_rebinding},
         {"odd datagrams", test_odd_datagrams},
         {"junk and timers", test_junk_and_timers},
         {"end in a batch", test_end_in_a_batch},

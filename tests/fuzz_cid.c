@@ -66,7 +66,7 @@ static void arrives(struct wire *w, const uint8_t *p, size_t n, const struct cho
     if (opens && !c)
         BROKEN("a changed record is authentic");
     if (!opens && c)
-        BROKEN("%s: a record of %zu bytes is not authentic", EVP_CIPHER_get0_name(c->aead->cipher()), c->len);
+        BROKEN("%s: a record of %zu bytes is not authentic", OBJ_nid2sn(c->aead->nid), c->len);
     if (opens) {
         if (type != (c->as ? c->as : c->type) || len != c->len || memcmp(text, c->text, len) != 0)
             BROKEN("another text or type: %u", type);

@@ -26,6 +26,7 @@ enum {
     DATA = 23,
     UNKNOWN = 24,
     WITH_CID = 25,
+    PATH = 27, /* RFC 9853 */
     CID = 8
 };
 
@@ -127,6 +128,7 @@ static const struct attack {
     enum outcome outcome;
     dtls_reason reason;
     int to_client, times, messages; /* messages: that the application gets of it */
+    int with_cid_only;
 } attacks[] = {
     {"a message", DATA, "hi", 2, LIVES, 0, 0, 1, 1},
     {"an empty record", DATA, "", 0, EITHER, 0, 0, 1, 0},
@@ -150,6 +152,16 @@ static const struct attack {
     {"the same to a client", HANDSHAKE, "\1\0\0\60\0\0\0\0\0\0\0\2\xfe\xfd", 14, EITHER, 0, 1, 1, 0},
     {"a Finished to a client", HANDSHAKE, "\24\0\0\14\0\7\0\0\0\0\0\14 twelve bytes", 25, EITHER, 0, 1, 1, 0},
     {"a record of no known type", UNKNOWN, "hi", 2, LIVES, 0, 0, 1, 0},
+    {"a padded message", 0, "hi\27\0\0", 5, LIVES, 0, 0, 1, 1, 1}, /* RFC 9146 section 4: zeros behind the type */
+    {"padding alone", 0, "\0\0\0", 3, LIVES, 0, 0, 1, 0, 1},
+    {"nothing, not even a type", 0, "", 0, LIVES, 0, 0, 1, 0, 1},
+    {"a record with an ID inside", WITH_CID, "hi", 2, LIVES, 0, 0, 1, 0, 1},
+    {"an answer that nobody asked for", PATH, "\1cookie..", 9, LIVES, 0, 0, 1, 0, 1},
+    {"news of a move that was none", PATH, "\2cookie..", 9, LIVES, 0, 0, 1, 0, 1},
+    {"half a cookie", PATH, "\0cook", 5, LIVES, 0, 0, 1, 0, 1},
+    {"a cookie and a half", PATH, "\0cookie..cook", 13, LIVES, 0, 0, 1, 0, 1},
+    {"a path message of no known type", PATH, "\11cookie..", 9, LIVES, 0, 0, 1, 0, 1},
+    {"an empty path message", PATH, "", 0, LIVES, 0, 0, 1, 0, 1},
 };
 
 static void launch(const struct attack *a, struct side *to, const unsigned char *cid)
@@ -204,6 +216,82 @@ static void test_attack(const struct attack *a, int with_cid)
     bool over = server.closed > 0 || client.closed > 0;
     CHECK(over ? a->outcome != LIVES && ended(a, to) : a->outcome != ENDS && lives());
     CHECK_EQ(messages, a->messages, "%s", over ? to->reason_text : "lives");
+    stop();
+}
+
+/* ---- whether a peer is there ---- */
+
+/* The text of a record from the server, which has no ID. */
+static size_t open_record(const SSL *ssl, const unsigned char *p, unsigned char *text)
+{
+    unsigned char block[2 * (KEY + IV)], nonce[IV + NONCE], aad[HEADER];
+    size_t len = (size_t)(p[11] << 8 | p[12]) - NONCE - TAG;
+    int n, good;
+    derive(ssl, block);
+    memcpy(nonce, block + 2 * KEY + IV, IV);
+    memcpy(nonce + IV, p + HEADER, NONCE);
+    memcpy(aad, p + 3, NONCE);
+    memcpy(aad + NONCE, p, 3);
+    aad[11] = (unsigned char)(len >> 8);
+    aad[12] = (unsigned char)len;
+    EVP_CIPHER_CTX *gcm = EVP_CIPHER_CTX_new();
+    EVP_DecryptInit_ex(gcm, EVP_aes_128_gcm(), NULL, block + KEY, nonce);
+    EVP_DecryptUpdate(gcm, NULL, &n, aad, sizeof aad);
+    EVP_DecryptUpdate(gcm, text, &n, p + HEADER + NONCE, (int)len);
+    EVP_CIPHER_CTX_ctrl(gcm, EVP_CTRL_GCM_SET_TAG, TAG, (void *)(uintptr_t)(p + HEADER + NONCE + len));
+    good = EVP_DecryptFinal_ex(gcm, text + n, &n);
+    EVP_CIPHER_CTX_free(gcm);
+    return good == 1 ? len : 0;
+}
+
+static struct datagram answer; /* the last path message to the client */
+static int answers;
+
+static int keep_answer(const struct datagram *d)
+{
+    if (d->data[0] == PATH) {
+        answer = *d;
+        answers++;
+    }
+    return keep_cid(d);
+}
+
+/* A path_challenge is answered once with its cookie, to where it came from; a repeated record is not. */
+static void test_challenge(void)
+{
+    unsigned char record[100], text[100];
+    server.ciphers = client.ciphers = "ECDHE-ECDSA-AES128-GCM-SHA256";
+    start((dtls_config){0}, (dtls_config){0});
+    wire_drop = keep_answer;
+    REQUIRE(connected(), "handshake");
+    answers = 0;
+    const SSL *ssl = dtls_conn_ssl(server.conn);
+    size_t n = seal(ssl, 0, PATH, server_cid, FIRST_SEQUENCE, "\0cookie..", 9, record);
+    for (int times = 0; times < 3; times++)
+        dtls_endpoint_input(server.ep, record, n, &client_addr, &server_addr);
+    for (int i = 0; i < QUIET_TURNS; i++)
+        turn();
+    CHECK_EQ(answers, 1, "answered once");
+    CHECK_THAT(open_record(ssl, answer.data, text) == 9 && memcmp(text, "\1cookie..", 9) == 0, "with its cookie");
+    CHECK(answer.len <= n && lives());
+    stop();
+}
+
+/* Where an ID is due a record without one is nothing, however authentic: RFC 9146 section 3. */
+static void test_without_id(void)
+{
+    unsigned char record[100];
+    dtls_counters before, after;
+    server.ciphers = client.ciphers = "ECDHE-ECDSA-AES128-GCM-SHA256";
+    start((dtls_config){0}, (dtls_config){0});
+    REQUIRE(connected(), "handshake");
+    dtls_endpoint_counters(server.ep, &before);
+    size_t n = seal(dtls_conn_ssl(server.conn), 0, DATA, NULL, FIRST_SEQUENCE, "hi", 2, record);
+    dtls_endpoint_input(server.ep, record, n, &client_addr, &server_addr);
+    dtls_endpoint_counters(server.ep, &after);
+    CHECK_THAT(server.messages == 0 && after.dropped[DTLS_DROP_CID] == before.dropped[DTLS_DROP_CID] + 1,
+               "a record without the ID that is due");
+    CHECK(lives());
     stop();
 }
 
@@ -271,11 +359,15 @@ int main(int argc, char **argv)
     virtual_chance();
     virtual_identities();
     for (size_t i = 0; i < sizeof attacks / sizeof *attacks; i++)
-        for (int with_cid = 0; with_cid <= !attacks[i].to_client; with_cid++) {
+        for (int with_cid = attacks[i].with_cid_only; with_cid <= !attacks[i].to_client; with_cid++) {
             snprintf(name, sizeof name, "%s%s", attacks[i].what, with_cid ? ", with a connection ID" : "");
             if (test_begin(name))
                 test_attack(&attacks[i], with_cid);
         }
+    if (test_begin("without an ID"))
+        test_without_id();
+    if (test_begin("a path challenge"))
+        test_challenge();
     if (test_begin("empty fragments of a Finished"))
         test_empty_finished();
     virtual_identities_free();
