@@ -13,6 +13,11 @@
 
 #include "peer.h"
 
+/* Connection IDs, with the number that they got at last. 2.28 can be built with an earlier one, 254. */
+#if defined(MBEDTLS_SSL_DTLS_CONNECTION_ID) && MBEDTLS_VERSION_MAJOR >= 3 && MBEDTLS_TLS_EXT_CID == 54
+#define HAS_CID
+#endif
+
 enum { READ_TIMEOUT_MS = 1 }; /* 0 would mean for ever */
 
 static const char SERVER_NAME[] = "localhost";
@@ -83,6 +88,71 @@ static bool choose_suite(const char *name)
     return suites[0] != 0 || failed("suite", MBEDTLS_ERR_SSL_BAD_INPUT_DATA);
 }
 
+#ifdef HAS_CID
+/* A record with another connection ID is dropped. */
+static bool want_cids(const struct options *options)
+{
+    int result = mbedtls_ssl_conf_cid(&config, (size_t)options->cid_len, MBEDTLS_SSL_UNEXPECTED_CID_IGNORE);
+    return result == 0 || failed("connection ID", result);
+}
+
+static int offer_cid(void)
+{
+    return mbedtls_ssl_set_cid(&ssl, MBEDTLS_SSL_CID_ENABLED, link_.cid, link_.cid_len);
+}
+
+/* With two empty ones it says that there are none, which comes to the same. */
+static bool session_cids(int *in, int *out)
+{
+    unsigned char cid[MBEDTLS_SSL_CID_OUT_LEN_MAX];
+    size_t len = 0;
+    int enabled = MBEDTLS_SSL_CID_DISABLED;
+    mbedtls_ssl_get_peer_cid(&ssl, &enabled, cid, &len);
+    *in = (int)link_.cid_len;
+    *out = (int)len;
+    return enabled == MBEDTLS_SSL_CID_ENABLED;
+}
+#else
+static bool want_cids(const struct options *options)
+{
+    (void)options;
+    say("failed: no connection IDs in this Mbed TLS");
+    return false;
+}
+
+static int offer_cid(void)
+{
+    return MBEDTLS_ERR_SSL_FEATURE_UNAVAILABLE;
+}
+
+static bool session_cids(int *in, int *out)
+{
+    (void)in, (void)out;
+    return false;
+}
+#endif
+
+static int receive_on_link(void *user, unsigned char *data, size_t size, uint32_t timeout_ms)
+{
+    (void)user;
+    struct pollfd in = {.fd = link_.fd, .events = POLLIN};
+    int len = link_receive(data, size);
+    if (len < 0 && poll(&in, 1, (int)timeout_ms) > 0)
+        len = link_receive(data, size);
+    return len < 0 ? MBEDTLS_ERR_SSL_TIMEOUT : len;
+}
+
+static int send_on_link(void *user, const unsigned char *data, size_t len)
+{
+    (void)user;
+    return link_send(data, len);
+}
+
+static void session_follow(void)
+{
+    mbedtls_ssl_set_bio(&ssl, NULL, send_on_link, NULL, receive_on_link);
+}
+
 static bool library_start(const struct options *options)
 {
     int role = options->server ? MBEDTLS_SSL_IS_SERVER : MBEDTLS_SSL_IS_CLIENT;
@@ -106,6 +176,8 @@ static bool library_start(const struct options *options)
     mbedtls_ssl_conf_dtls_cookies(&config, mbedtls_ssl_cookie_write, mbedtls_ssl_cookie_check, &cookies);
     mbedtls_ssl_conf_session_cache(&config, &cache, mbedtls_ssl_cache_get, mbedtls_ssl_cache_set);
     mbedtls_ssl_conf_read_timeout(&config, READ_TIMEOUT_MS);
+    if (options->cid && !want_cids(options))
+        return false;
     return (options->identity[0] ? load_psk(options) : load_certificates(options)) && choose_suite(options->suite);
 }
 
@@ -155,6 +227,8 @@ static bool session_open(int fd, const struct options *options)
     mbedtls_ssl_init(&ssl);
     net.fd = fd;
     int result = mbedtls_ssl_setup(&ssl, &config);
+    if (result == 0 && options->cid)
+        result = offer_cid();
     if (result != 0)
         return failed("session", result);
     mbedtls_ssl_set_timer_cb(&ssl, &timer, mbedtls_timing_set_delay, mbedtls_timing_get_delay);

@@ -20,6 +20,66 @@ static bool failed(const char *what, int result)
     return false;
 }
 
+#ifdef WOLFSSL_DTLS_CID /* an option of its build */
+static bool has_cids(void)
+{
+    return true;
+}
+
+static bool offer_cid(void)
+{
+    return wolfSSL_dtls_cid_use(ssl) == WOLFSSL_SUCCESS &&
+           wolfSSL_dtls_cid_set(ssl, link_.cid, (unsigned)link_.cid_len) == WOLFSSL_SUCCESS;
+}
+
+static bool session_cids(int *in, int *out)
+{
+    unsigned in_len = 0, out_len = 0;
+    if (wolfSSL_dtls_cid_get_rx_size(ssl, &in_len) != WOLFSSL_SUCCESS ||
+        wolfSSL_dtls_cid_get_tx_size(ssl, &out_len) != WOLFSSL_SUCCESS)
+        return false;
+    *in = (int)in_len;
+    *out = (int)out_len;
+    return true;
+}
+#else
+static bool has_cids(void)
+{
+    return false;
+}
+
+static bool offer_cid(void)
+{
+    return false;
+}
+
+static bool session_cids(int *in, int *out)
+{
+    (void)in, (void)out;
+    return false;
+}
+#endif
+
+static int receive_on_link(WOLFSSL *of, char *data, int size, void *user)
+{
+    (void)of, (void)user;
+    int len = link_receive((unsigned char *)data, (size_t)size);
+    return len < 0 ? WOLFSSL_CBIO_ERR_WANT_READ : len;
+}
+
+static int send_on_link(WOLFSSL *of, char *data, int len, void *user)
+{
+    (void)of, (void)user;
+    int sent = link_send((unsigned char *)data, (size_t)len);
+    return sent < 0 ? WOLFSSL_CBIO_ERR_GENERAL : sent;
+}
+
+static void session_follow(void)
+{
+    wolfSSL_SSLSetIORecv(ssl, receive_on_link);
+    wolfSSL_SSLSetIOSend(ssl, send_on_link);
+}
+
 #ifdef NO_PSK /* an option of its build */
 static bool load_psk(const struct options *options)
 {
@@ -79,6 +139,10 @@ static bool library_start(const struct options *options)
         say("failed: no mtu here");
         return false;
     }
+    if (options->cid && !has_cids()) {
+        say("failed: no connection IDs in this wolfSSL");
+        return false;
+    }
     wolfSSL_Init();
     ctx = wolfSSL_CTX_new(options->server ? wolfDTLSv1_2_server_method() : wolfDTLSv1_2_client_method());
     if (!ctx || !(options->identity[0] ? load_psk(options) : load_certificates(options)) ||
@@ -121,6 +185,10 @@ static bool handshake(int fd, bool server)
 static bool session_open(int fd, const struct options *options)
 {
     ssl = wolfSSL_new(ctx);
+    if (ssl && options->cid && !offer_cid()) {
+        say("failed: connection ID");
+        session_free();
+    }
     if (!ssl || !handshake(fd, options->server)) {
         session_free();
         return false;
