@@ -9,9 +9,9 @@
 # exit status is 1 if anything failed, or if nothing passed. LIMIT_S seconds (300) are a program's limit without "all".
 set -u
 cd "$(dirname -- "$0")" || exit 1
-programs='library unit edges odd standards anew trust moves keyholder memory loops threads simulate faults fuzz backend dropin e2e identity peers loss hostile blackhole bench'
+programs='library unit edges odd standards anew trust moves roam_storm keyholder memory loops threads simulate faults fuzz backend dropin e2e identity peers loss hostile roam blackhole bench roam_cost'
 more='valgrind coverage'
-named='unit edges odd standards anew trust moves keyholder memory loops threads fuzz backend e2e identity peers loss hostile blackhole' # have tests to choose from
+named='unit edges odd standards anew trust moves roam_storm keyholder memory loops threads fuzz backend e2e identity peers loss hostile roam blackhole' # have tests to choose from
 mode=quick
 limit_s=${LIMIT_S:-300} # for each program
 worlds=600              # simulated with an optimizing compiler, and
@@ -141,6 +141,8 @@ if wanted standards; then build standards "$sanitize" tests/standards.c dtls.c $
 if wanted anew; then build anew "$sanitize" tests/anew.c dtls.c $libssl; fi
 if wanted trust; then build trust "$sanitize" tests/trust.c dtls.c $libssl; fi
 if wanted moves; then build moves "$sanitize" tests/moves.c dtls.c $libssl; fi
+if wanted roam_storm; then build roam_storm "$sanitize" tests/roam_storm.c dtls.c $libssl; fi
+if wanted roam_cost; then build roam_cost -O2 tests/roam_cost.c dtls.c $libssl; fi
 if wanted keyholder; then build keyholder "$sanitize" tests/keyholder.c dtls.c $libssl; fi
 if wanted memory; then build memory "$sanitize" tests/memory.c dtls.c $libssl; fi
 if wanted loops; then build loops "$sanitize" tests/loops.c dtls.c $libssl; fi
@@ -163,7 +165,7 @@ if wanted backend && [ "$(uname)" = Linux ]; then
     done
 fi
 if wanted threads; then build threads "$races" tests/loops.c dtls.c $libssl; fi
-if wanted dropin || wanted e2e || wanted identity || wanted peers || wanted loss || wanted hostile || wanted blackhole; then build dtls "$sanitize" -DDTLS_MAIN dtls.c $libssl $libedit; fi
+if wanted dropin || wanted e2e || wanted identity || wanted peers || wanted loss || wanted hostile || wanted roam || wanted blackhole; then build dtls "$sanitize" -DDTLS_MAIN dtls.c $libssl $libedit; fi
 if wanted valgrind; then build dtls-plain '-O1 -g' -DDTLS_MAIN dtls.c $libssl $libedit; fi
 wait
 children=
@@ -180,6 +182,7 @@ run standards tests/build/standards tests/build/standards "$CERTS_DIR" "$@"
 run anew tests/build/anew tests/build/anew "$CERTS_DIR" "$@"
 run trust tests/build/trust tests/build/trust "$CERTS_DIR" "$@"
 run moves tests/build/moves tests/build/moves "$CERTS_DIR" "$@"
+run roam_storm tests/build/roam_storm tests/build/roam_storm "$CERTS_DIR" "$@"
 run keyholder tests/build/keyholder tests/build/keyholder "$CERTS_DIR" "$@"
 run memory tests/build/memory tests/build/memory "$CERTS_DIR" "$@"
 run loops tests/build/loops tests/build/loops "$CERTS_DIR" "$@"
@@ -201,8 +204,10 @@ run identity tests/build/dtls python3 tests/identity.py "$@"
 run peers tests/build/dtls python3 tests/peers.py "$@"
 run loss tests/build/dtls python3 tests/loss.py $([ $mode = quick ] || echo --all) "$@"
 run hostile tests/build/dtls python3 tests/hostile.py $([ $mode = quick ] || echo --all) "$@"
+run roam tests/build/dtls python3 tests/roam.py "$@"
 run blackhole tests/build/dtls python3 tests/blackhole.py $([ $mode = quick ] || echo --all) "$@"
 run bench '' sh tests/bench_smoke.sh
+run roam_cost tests/build/roam_cost tests/build/roam_cost "$CERTS_DIR" $([ $mode = all ] || echo quick)
 run valgrind '' sh tests/valgrind.sh tests/build/dtls-plain
 run coverage '' python3 tests/coverage.py "$CERTS_DIR"
 run cross '' sh tests/cross.sh tests/build/matrix/zig

@@ -8,16 +8,14 @@ is tried several times and the slowest counts. Needs root and Linux's ip, unshar
 two processes and end with them.
 """
 
-import json
 import pathlib
 import shutil
-import subprocess
 import sys
 import time
 
 sys.dont_write_bytecode = True  # no __pycache__ in the tree
 
-from harness import (Authority, BIN, CERTS, CONNECTED, Failure, PROGRAM, Proc, Skip, check, main, test)  # noqa: E402
+from harness import Authority, BIN, CERTS, CONNECTED, Host, PROGRAM, Proc, check, main, test  # noqa: E402
 
 ALL = "--all" in sys.argv
 TRIES = 4 if ALL else 2
@@ -30,58 +28,15 @@ PORT = 4444
 COUNTERS = r"^datagrams: .*flights sent again: (\d+);"
 
 
-def command(*argv):
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
-    if done.returncode:
-        raise OSError(done.stderr.decode(errors="replace").strip() or f"{argv[0]}: status {done.returncode}")
-    return done.stdout.decode()
-
-
-class Host(Proc):
-    """A process in a network namespace of its own. It ends when its input does, so also when we are killed."""
-
-    ours = False
-
-    def __init__(self, case, name):
-        super().__init__(case, case.title(f"{name}'s host"), ["unshare", "-n", "sh", "-c", "echo ready; read line"])
-        self.name = name
-        try:
-            self.out.wait_line("ready")
-        except Failure:
-            raise Skip(f"no network namespaces here: {self.err.text.strip()}") from None
-
-    def inside(self, *argv):
-        return ["nsenter", "-t", str(self.process.pid), "-n", *argv]
-
-    def ip(self, *argv):
-        return command(*self.inside("ip", *argv))
-
-    def up(self, mtu):
-        self.ip("address", "add", f"{HOSTS[self.name]}/24", "dev", self.name)
-        self.ip("link", "set", self.name, "mtu", str(mtu), "up")
-
-    def vanished(self):
-        (link,) = json.loads(self.ip("-s", "-json", "link", "show", self.name))
-        return link["stats64"]["rx"]["dropped"]
-
-
 class Path:
     """Two hosts, and the MTU of each one's end; certs is a folder like CERTS."""
 
     def __init__(self, t, mtus, certs):
         self.certs = certs
-        for tool in ("ip", "unshare", "nsenter"):
-            if not shutil.which(tool):
-                raise Skip(f"no {tool} command")
         self.hosts = {name: Host(t, name) for name in HOSTS}
-        client, server = self.hosts["client"], self.hosts["server"]
-        try:
-            command("ip", "link", "add", "client", "netns", str(client.process.pid), "type", "veth",
-                    "peer", "name", "server", "netns", str(server.process.pid))
-            for name, host in self.hosts.items():
-                host.up(mtus[name])
-        except OSError as error:
-            raise Skip(f"no veth devices here: {error}") from None
+        self.hosts["client"].cable(self.hosts["server"])
+        for name, host in self.hosts.items():
+            host.up(HOSTS[name], mtus[name])
 
     def run(self, t, name, *argv):
         return Proc(t, t.title(name), self.hosts[name].inside(BIN, name, "--certs", self.certs, "-v", *argv))

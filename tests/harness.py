@@ -19,6 +19,7 @@ import collections
 import fcntl
 import heapq
 import itertools
+import json
 import os
 import pathlib
 import pty
@@ -518,6 +519,7 @@ def split_addr(addr):
 Datagram = collections.namedtuple("Datagram", "to_server data when")
 
 HANDSHAKE_TYPES = (20, 22)  # ChangeCipherSpec, handshake
+PROTECTED = (b"\x15", b"\x17", b"\x19", b"\x1b")  # alert, application data, with a connection ID, path: in a connection
 IP_UDP_BYTES = 28
 
 
@@ -543,6 +545,7 @@ class Relay(threading.Thread):
         self.log = []  # every Datagram that came, lost or not
         self.did = collections.Counter()  # what happened to how many
         self.late = []  # under way, a heap: (due, number, socket, data, to)
+        self.selector = selectors.DefaultSelector()
         # What may be changed at any time:
         self.blocked = False
         self.loss = self.twice = self.straying = self.damage = 0.0  # shares; straying ones are late by so much:
@@ -561,16 +564,16 @@ class Relay(threading.Thread):
         self.start()
 
     @staticmethod
-    def make_socket():
+    def make_socket(host="127.0.0.1"):
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, 1 << 20)
-        sock.bind(("127.0.0.1", 0))
+        sock.bind((host, 0))
         sock.setblocking(False)
         return sock
 
     def run(self):
-        with selectors.DefaultSelector() as selector:
+        with self.selector as selector:
             selector.register(self.front, selectors.EVENT_READ)
             selector.register(self.wakee, selectors.EVENT_READ)
             while True:
@@ -583,21 +586,26 @@ class Relay(threading.Thread):
                     except OSError:
                         continue
                     if key.fileobj is self.front:
-                        up = self.upstream(source, selector)
+                        up = self.upstream(source)
                         self.pass_on(Datagram(True, data, time.monotonic()), up, self.server, self.to_server_first)
                     elif source == self.server:
-                        client = self.clients[key.fileobj]
-                        self.pass_on(Datagram(False, data, time.monotonic()), self.front, client, self.to_client_first)
+                        self.from_server(key.fileobj, data)
 
-    def upstream(self, client, selector):
+    def from_server(self, up, data):
+        self.pass_on(Datagram(False, data, time.monotonic()), self.front, self.clients[up], self.to_client_first)
+
+    def upstream(self, client):
         with self.lock:
             up = self.up.get("all" if self.one_port else client)
             if up is None:
-                up = self.make_socket()
-                selector.register(up, selectors.EVENT_READ)
-                self.up["all" if self.one_port else client] = up
+                up = self.up["all" if self.one_port else client] = self.open_upstream()
             self.clients[up] = client
             return up
+
+    def open_upstream(self, host="127.0.0.1"):
+        up = self.make_socket(host)
+        self.selector.register(up, selectors.EVENT_READ)
+        return up
 
     def happens(self, share, what=None):
         """By chance, which is only asked where it matters."""
@@ -680,6 +688,141 @@ class Relay(threading.Thread):
             yield f"  {when:8.3f} s {way} {len(datagram.data):5} bytes {datagram.data[:28].hex()}"
 
 
+class Nat(Relay):
+    """A NAT in front of a server on IPv4: a Relay that gives its clients other upstream addresses while they talk. And an
+    attacker on the path, the thief, who has an address of his own.
+
+    Clients have numbers, in the order in which their first datagrams came. Addresses are texts as in the server's log.
+    """
+
+    def __init__(self, case, server, **what):
+        self.before = collections.defaultdict(list)  # client's address: the upstream sockets that it had before
+        self.dead = set()  # upstream sockets through which nothing passes any more, either way
+        self.sent, self.received = collections.Counter(), collections.Counter()  # bytes, by upstream address
+        self.came = 0  # datagrams from clients, and
+        self.plan = {}  # what is called when so many have come, before the last of them goes on
+        self.thief = self.make_socket()
+        self.theft = None  # what he does with clients' datagrams, see steal()
+        self.thefts = 0  # with so many of the next ones
+        self.held = []  # clients' datagrams that he has kept
+        self.loot = []  # what the server sent him
+        super().__init__(case, server, **what)
+        self.selector.register(self.thief, selectors.EVENT_READ)
+
+    @staticmethod
+    def text(sock):
+        return "%s:%d" % sock.getsockname()
+
+    def own_addr(self, client=0):
+        with self.lock:
+            return self.text(list(self.up.values())[client])
+
+    @property
+    def thief_addr(self):
+        return self.text(self.thief)
+
+    def change(self, client, up, old="dropped"):
+        """With the lock: this client (an address) goes through that socket from now on. What comes to the old one is
+        dropped, or passes ("kept"); or the old one is closed, and the server's host tells it by ICMP ("closed")."""
+        former, self.up[client], self.clients[up] = self.up[client], up, client
+        self.dead.discard(up)
+        self.before[client].append(former)
+        if old == "dropped":
+            self.dead.add(former)
+        elif old == "closed":
+            self.selector.unregister(former)
+            former.close()
+        return self.text(up)
+
+    def rebind(self, client=None, host="127.0.0.1", old="dropped"):
+        """One client, or all of them, get new upstream ports, on that host. Returns the new address, or a list."""
+        with self.lock:
+            made = [self.change(address, self.open_upstream(host), old)
+                    for address in (list(self.up) if client is None else [list(self.up)[client]])]
+            return made if client is None else made[0]
+
+    def restart(self):
+        return self.rebind()
+
+    def go_back(self, client=0):
+        """To the upstream address that it had before."""
+        with self.lock:
+            address = list(self.up)[client]
+            return self.change(address, self.before[address].pop())
+
+    def swap(self, a, b):
+        """Two clients get each other's upstream address."""
+        with self.lock:
+            a, b = (list(self.up)[client] for client in (a, b))
+            self.up[a], self.up[b] = self.up[b], self.up[a]
+            self.clients[self.up[a]], self.clients[self.up[b]] = a, b
+
+    def cut(self, client=0):
+        """Nothing of this client passes any more, until it comes from another port of its own or is given one."""
+        with self.lock:
+            self.dead.add(list(self.up.values())[client])
+
+    def steal(self, how, count=1):
+        """What the thief does with so many of the clients' next datagrams: he sends a copy to the server, "before" or
+        "after" the real one or "instead" of it; or keeps it in self.held, and the real one does not arrive ("hold")."""
+        with self.lock:
+            self.theft, self.thefts = how, count
+
+    def replay(self, datagrams):
+        """From the thief's address."""
+        with self.lock:
+            for data in datagrams:
+                self.transmit(self.thief, data)
+
+    def recorded(self):
+        """The protected datagrams that came from clients."""
+        with self.lock:
+            return [datagram.data for datagram in self.log if datagram.to_server and datagram.data[:1] in PROTECTED]
+
+    def transmit(self, up, data):
+        self.sent[self.text(up)] += len(data)
+        super().send(up, data, self.server)
+
+    def send(self, sock, data, to):
+        if to != self.server:
+            super().send(sock, data, to)
+            return
+        if sock in self.dead:
+            return
+        theft = self.theft if self.thefts > 0 else None
+        self.thefts -= theft is not None
+        if theft == "hold":
+            self.held.append(data)
+        if theft in ("before", "instead"):
+            self.transmit(self.thief, data)
+        if theft not in ("hold", "instead"):
+            self.transmit(sock, data)
+        if theft == "after":
+            self.transmit(self.thief, data)
+
+    def upstream(self, client):
+        self.came += 1
+        self.plan.pop(self.came, lambda: None)()
+        return super().upstream(client)
+
+    def from_server(self, up, data):
+        self.received[self.text(up)] += len(data)
+        if up is self.thief:
+            self.loot.append(data)
+        elif up not in self.dead:
+            super().from_server(up, data)
+
+    def close(self):
+        super().close()
+        self.thief.close()
+
+    def details(self):
+        yield from super().details()
+        for address in sorted({*self.sent, *self.received}):
+            whose = " (the thief's)" if address == self.thief_addr else ""
+            yield f"  {address}{whose}: {self.sent[address]} bytes to the server, {self.received[address]} from it"
+
+
 def record(kind, epoch, sequence, payload, version=0xFEFD):
     sequence, length = sequence.to_bytes(6, "big"), struct.pack("!H", len(payload))
     return struct.pack("!BHH", kind, version, epoch) + sequence + length + payload
@@ -711,6 +854,58 @@ FORGED = [
     record(99, 1, 10, bytes(40)),
     record(DATA, 1, 11, bytes(40), version=0x0303),
 ]
+
+
+# ---- network namespaces ----------------------------------------------------------------------------------------------
+
+
+def command(*argv):
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
+    if done.returncode:
+        raise OSError(done.stderr.decode(errors="replace").strip() or f"{argv[0]}: status {done.returncode}")
+    return done.stdout.decode()
+
+
+class Host(Proc):
+    """A process in a network namespace of its own, which ends with it. It ends when its input does, so also when we are
+    killed. Needs root and Linux's ip, unshare and nsenter."""
+
+    ours = False
+
+    def __init__(self, case, name):
+        for tool in ("ip", "unshare", "nsenter"):
+            if not shutil.which(tool):
+                raise Skip(f"no {tool} command")
+        super().__init__(case, case.title(f"{name}'s host"), ["unshare", "-n", "sh", "-c", "echo ready; read line"])
+        self.name = name
+        try:
+            self.out.wait_line("ready")
+        except Failure:
+            raise Skip(f"no network namespaces here: {self.err.text.strip()}") from None
+
+    def inside(self, *argv):
+        return ["nsenter", "-t", str(self.process.pid), "-n", *argv]
+
+    def ip(self, *argv):
+        return command(*self.inside("ip", *argv))
+
+    def up(self, addr, mtu=1500):
+        """Its end of the cable."""
+        self.ip("address", "add", f"{addr}/24", "dev", self.name)
+        self.ip("link", "set", self.name, "mtu", str(mtu), "up")
+
+    def vanished(self):
+        """Datagrams that were too large for its end."""
+        (link,) = json.loads(self.ip("-s", "-json", "link", "show", self.name))
+        return link["stats64"]["rx"]["dropped"]
+
+    def cable(self, other):
+        """A pair of veth devices to another host; each end has the name of its host."""
+        try:
+            command("ip", "link", "add", self.name, "netns", str(self.process.pid), "type", "veth",
+                    "peer", "name", other.name, "netns", str(other.process.pid))
+        except OSError as error:
+            raise Skip(f"no veth devices here: {error}") from None
 
 
 # ---- certificates ----------------------------------------------------------------------------------------------------
@@ -853,6 +1048,9 @@ class Case:
 
     def relay(self, server, **more):
         return Relay(self, server, **more)
+
+    def nat(self, server, **more):
+        return Nat(self, server, **more)
 
     def authority(self):
         """The CA that everybody here trusts, for one more certificate."""
