@@ -2421,41 +2421,49 @@ static void record_keys_free(struct record_keys *k)
     free(k);
 }
 
-static bool record_keys_expand(SSL *ssl, const SSL_CIPHER *suite, const uint8_t master[MASTER_BYTES], uint8_t *block,
-                               size_t size)
+static bool record_keys_expand(const EVP_MD *md, const uint8_t master[MASTER_BYTES],
+                               const uint8_t randoms[2][HELLO_RANDOM], uint8_t *block, size_t size)
 {
     EVP_PKEY_CTX *prf = EVP_PKEY_CTX_new_id(EVP_PKEY_TLS1_PRF, NULL);
-    uint8_t client[HELLO_RANDOM], server[HELLO_RANDOM];
-    SSL_get_client_random(ssl, client, sizeof client);
-    SSL_get_server_random(ssl, server, sizeof server);
-    bool good = prf && EVP_PKEY_derive_init(prf) == 1 &&
-                EVP_PKEY_CTX_set_tls1_prf_md(prf, SSL_CIPHER_get_handshake_digest(suite)) == 1 &&
+    bool good = prf && EVP_PKEY_derive_init(prf) == 1 && EVP_PKEY_CTX_set_tls1_prf_md(prf, md) == 1 &&
                 EVP_PKEY_CTX_set1_tls1_prf_secret(prf, master, MASTER_BYTES) == 1 &&
                 EVP_PKEY_CTX_add1_tls1_prf_seed(prf, (const uint8_t *)"key expansion", 13) == 1 &&
-                EVP_PKEY_CTX_add1_tls1_prf_seed(prf, server, sizeof server) == 1 &&
-                EVP_PKEY_CTX_add1_tls1_prf_seed(prf, client, sizeof client) == 1 &&
+                EVP_PKEY_CTX_add1_tls1_prf_seed(prf, randoms[1], HELLO_RANDOM) == 1 &&
+                EVP_PKEY_CTX_add1_tls1_prf_seed(prf, randoms[0], HELLO_RANDOM) == 1 &&
                 EVP_PKEY_derive(prf, block, &size) == 1;
     EVP_PKEY_CTX_free(prf);
     return good;
 }
 
-/* False: there are none yet, the suite is of another kind, or no memory. */
-static bool record_keys_derive(SSL *ssl, bool server, struct record_keys *k)
+/* randoms: the client's, then the server's. False: a suite of another kind, or no memory. */
+static bool record_keys_make(const SSL_CIPHER *suite, const uint8_t master[MASTER_BYTES],
+                             const uint8_t randoms[2][HELLO_RANDOM], bool server, struct record_keys *k)
 {
-    uint8_t master[MASTER_BYTES], block[2 * (AEAD_KEY_MAX + NONCE_BYTES)], *p = block;
-    const SSL_CIPHER *suite = SSL_get_pending_cipher(ssl) ? SSL_get_pending_cipher(ssl) : SSL_get_current_cipher(ssl);
-    const SSL_SESSION *session = SSL_get_session(ssl);
+    uint8_t block[2 * (AEAD_KEY_MAX + NONCE_BYTES)], *p = block;
     struct record_key *of[2] = {server ? &k->in : &k->out, server ? &k->out : &k->in}; /* a client's, a server's */
     memset(k, 0, sizeof *k);
     k->aead = aead_of(suite);
-    bool good = k->aead && session && SSL_SESSION_get_master_key(session, master, sizeof master) == sizeof master &&
-                record_keys_expand(ssl, suite, master, block, 2u * (k->aead->key + k->aead->salt));
+    bool good = k->aead && record_keys_expand(SSL_CIPHER_get_handshake_digest(suite), master, randoms, block,
+                                              2u * (k->aead->key + k->aead->salt));
     for (int i = 0; good && i < 2; i++, p += k->aead->key)
         memcpy(of[i]->key, p, k->aead->key);
     for (int i = 0; good && i < 2; i++, p += k->aead->salt)
         memcpy(of[i]->salt, p, k->aead->salt);
-    OPENSSL_cleanse(master, sizeof master);
     OPENSSL_cleanse(block, sizeof block);
+    return good;
+}
+
+/* Those of the handshake that libssl is in, or had. False: there are none yet, or as above. */
+static bool record_keys_derive(SSL *ssl, bool server, struct record_keys *k)
+{
+    uint8_t master[MASTER_BYTES], randoms[2][HELLO_RANDOM];
+    const SSL_CIPHER *suite = SSL_get_pending_cipher(ssl) ? SSL_get_pending_cipher(ssl) : SSL_get_current_cipher(ssl);
+    const SSL_SESSION *session = SSL_get_session(ssl);
+    SSL_get_client_random(ssl, randoms[0], HELLO_RANDOM);
+    SSL_get_server_random(ssl, randoms[1], HELLO_RANDOM);
+    bool good = session && SSL_SESSION_get_master_key(session, master, sizeof master) == sizeof master &&
+                record_keys_make(suite, master, (const uint8_t(*)[HELLO_RANDOM])randoms, server, k);
+    OPENSSL_cleanse(master, sizeof master);
     return good;
 }
 

@@ -6,6 +6,7 @@
 #undef main
 
 #include "check.h"
+#include "vectors.h"
 
 #include <pthread.h>
 
@@ -949,6 +950,87 @@ static void check_forgeries(int cid_bytes)
     dtls_loop_free(l);
 }
 
+static const SSL_CIPHER *suite_of(SSL_CTX *ctx, const char *name)
+{
+    SSL_CTX_set_cipher_list(ctx, name);
+    STACK_OF(SSL_CIPHER) *suites = SSL_CTX_get_ciphers(ctx);
+    for (int i = 0; i < sk_SSL_CIPHER_num(suites); i++)
+        if (strcmp(SSL_CIPHER_get_name(sk_SSL_CIPHER_value(suites, i)), name) == 0)
+            return sk_SSL_CIPHER_value(suites, i);
+    return NULL;
+}
+
+/* Another implementation's record is opened by the other side's keys, and the same bytes come out where its text is sealed. A
+ * changed byte anywhere, or the keys of the other direction, open nothing. */
+static void check_vector(SSL_CTX *ctx, struct crypt *work, const struct vector *v)
+{
+    uint8_t text[RECORD_BODY_MAX + 1], again[DATAGRAM_MAX], changed[sizeof v->record], randoms[2][HELLO_RANDOM];
+    struct record_keys k;
+    struct record r;
+    size_t len = 0;
+    unsigned type = 0;
+    memcpy(randoms[0], v->client_random, HELLO_RANDOM);
+    memcpy(randoms[1], v->server_random, HELLO_RANDOM);
+    const SSL_CIPHER *suite = suite_of(ctx, v->suite);
+    REQUIRE(suite && record_keys_make(suite, v->master, (const uint8_t(*)[HELLO_RANDOM])randoms, !v->from_server, &k),
+            "keys of %s", v->suite);
+    REQUIRE(record_parse_any(v->record, v->record_len, v->cid_len, &r) && r.size == v->record_len, "a record");
+    CHECK_THAT(record_open(work, k.aead, &k.in, &r, text, &len, &type) && type == TYPE_DATA && len == strlen(v->text) &&
+                   memcmp(text, v->text, len) == 0,
+               "%s, %s, %u bytes of ID", v->suite, v->from_server ? "server" : "client", v->cid_len);
+    size_t padded =
+        r.body_len - k.aead->explicit - k.aead->tag; /* its type and zeros belong to the text that is sealed */
+    if (v->cid_len > 0)
+        memset(text + len, 0, padded - len);
+    if (v->cid_len > 0 && padded > len + 1)
+        text[len] = TYPE_DATA;
+    size_t n = record_seal(work, k.aead, &k.in, &r, v->cid_len ? v->cid : NULL, v->cid_len,
+                           v->cid_len && padded > len + 1 ? 0 : TYPE_DATA, text, v->cid_len ? padded - 1 : len, again);
+    CHECK(n == v->record_len && memcmp(again, v->record, n) == 0);
+    CHECK(!record_open(work, k.aead, &k.out, &r, text, &len, &type));
+    for (size_t i = 0; i < v->record_len; i++) {
+        memcpy(changed, v->record, v->record_len);
+        changed[i] ^= 0x04;
+        CHECK(!record_parse_any(changed, v->record_len, v->cid_len, &r) ||
+              !record_open(work, k.aead, &k.in, &r, text, &len, &type));
+    }
+}
+
+static void test_vectors(void)
+{
+    SSL_CTX *ctx = SSL_CTX_new(DTLS_method());
+    struct crypt *work = calloc(1, sizeof *work);
+    SSL_CTX_set_security_level(ctx, 0); /* CCM_8 has 64 bits */
+    SSL_CTX_set_max_proto_version(ctx, DTLS1_2_VERSION);
+    for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++)
+        check_vector(ctx, work, &vectors[i]);
+    crypt_free(work);
+    SSL_CTX_free(ctx);
+}
+
+/* A number passes once, and none that is too old. */
+static void test_window(void)
+{
+    struct wire w = {0};
+    CHECK(wire_is_fresh(&w, 0) && wire_is_fresh(&w, 1));
+    wire_note(&w, 0);
+    CHECK(!wire_is_fresh(&w, 0) && wire_is_fresh(&w, 1));
+    wire_note(&w, 5);
+    for (uint64_t i = 1; i < 5; i++)
+        CHECK(wire_is_fresh(&w, i));
+    wire_note(&w, 3);
+    CHECK(!wire_is_fresh(&w, 3) && !wire_is_fresh(&w, 5) && !wire_is_fresh(&w, 0) && wire_is_fresh(&w, 2));
+    wire_note(&w, 68);
+    CHECK(!wire_is_fresh(&w, 4) && !wire_is_fresh(&w, 5) && wire_is_fresh(&w, 6) && wire_is_fresh(&w, 67));
+    wire_note(&w, 1000);
+    CHECK(!wire_is_fresh(&w, 68) && !wire_is_fresh(&w, 936) && wire_is_fresh(&w, 937) && wire_is_fresh(&w, 999));
+    wire_note(&w, ((uint64_t)1 << 48) - 1);
+    CHECK(!wire_is_fresh(&w, 1000) && !wire_is_fresh(&w, ((uint64_t)1 << 48) - 1) &&
+          w.newest == ((uint64_t)1 << 48) - 1);
+    wire_note(&w, 1);
+    CHECK(!wire_is_fresh(&w, 1) && w.newest == ((uint64_t)1 << 48) - 1);
+}
+
 /* RFC 9325 section 4.4; the numbers are those of RFC 9147 section 4.5.3 and of RFC 9325. */
 static void test_key_limits(void)
 {
@@ -1393,6 +1475,8 @@ int main(int argc, char **argv)
         {"cookies", test_cookies},
         {"connection table", test_table},
         {"key limits", test_key_limits},
+        {"vectors", test_vectors},
+        {"window", test_window},
         {"sockets alone", test_sockets},
         {"send queue", test_backlog},
         {"room to send", test_room},
