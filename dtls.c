@@ -2613,8 +2613,8 @@ static void wire_note(struct wire *w, uint64_t sequence)
         w->seen |= (uint64_t)1 << (w->newest - sequence);
 }
 
-/* Opens a record that came, or with `out` one that libssl wrote. Keys count once they opened one: before, the handshake may
- * not have got to the right ones. */
+/* Opens a record that came, or with `out` one that libssl wrote. In a handshake keys count once
+ * they opened one: before, it may not have got to the right ones. */
 static bool wire_open(struct wire *w, bool out, const struct record *r, uint8_t *text, size_t *len, unsigned *type)
 {
     struct record_keys fresh, *k = w->keys;
@@ -2622,7 +2622,7 @@ static bool wire_open(struct wire *w, bool out, const struct record *r, uint8_t 
         return false;
     k = k ? k : &fresh;
     bool good = record_open(w->crypt, k->aead, out ? &k->out : &k->in, r, text, len, type);
-    if (good && !w->keys && (w->keys = malloc(sizeof *k)) != NULL)
+    if ((good || SSL_is_init_finished(w->ssl)) && !w->keys && (w->keys = malloc(sizeof *k)) != NULL)
         *w->keys = fresh;
     good = good && w->keys;
     if (k == &fresh)
@@ -6200,6 +6200,8 @@ static void hs_take(struct association *a, const struct record *r, bool keyed)
     a->wire.in_renumber = r->epoch == 0;
     hs_drive(a);
     a->wire.in = NULL;
+    if (!a->handshake && a->phase && r->epoch == 1) /* the Finished that opened it */
+        traffic_seen(a, r);
 }
 
 static void hs_drop(struct association *a, dtls_drop reason)
@@ -7152,20 +7154,24 @@ static bool ep_give(struct association *a, const uint8_t *p, size_t n)
 
 /* Peers that come from another address. */
 
-/* Whether the association's peer sent this, from there. Where nothing newer was there before it is moved there. A record from
- * where it was before is the newest one also where it came already: then somebody sent a copy of it from elsewhere. */
+/* Whether the association's peer sent this, from there. Where nothing newer was there before it is moved there. The same
+ * record from two addresses means that somebody copies: the one that is proven is the peer's. */
 static APART bool ep_is_from(struct association *a, const struct record *r, const struct path *from)
 {
     uint8_t text[RECORD_BODY_MAX + 1];
     size_t n;
     unsigned type;
-    bool back = a->move && path_equal(&a->move->old, from), newest = r->sequence + back > a->wire.newest;
+    const struct move *m = a->move;
+    bool back = m && path_equal(&m->old, from);
+    bool newest = r->sequence > a->wire.newest || (back && !m->proven && r->sequence == a->wire.newest);
     if (!a->phase || a->handshake || !a->conn->server || !(back || newest))
         return false;
     a->ep->counters.trials++;
     if (!wire_open(&a->wire, false, r, text, &n, &type))
         return false;
-    if (!newest || (type == TYPE_RRC && n == PATH_MESSAGE && text[0] == PATH_DROP)) /* "I am not here any more" */
+    /* Answers are to our own question. Only one that it is still there moves it back. */
+    bool answer = type == TYPE_RRC && n == PATH_MESSAGE && text[0] != PATH_CHALLENGE;
+    if (!newest || (answer && !(back && text[0] == PATH_RESPONSE)))
         return true;
     if (assoc_move(a, from, r))
         return true;
