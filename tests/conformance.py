@@ -20,8 +20,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 LINE_MAX = 160
 STRENGTHS = ("MUST", "MUST NOT", "SHOULD", "SHOULD NOT")
 SHOWN, REASONED = ("kept", "libssl"), ("not", "n/a")
-IN_PYTHON = ("e2e", "peers", "hostile")
-IN_C = ("unit", "edges", "odd", "standards", "anew", "trust", "moves", "keyholder", "memory", "loops")  # they list their tests, too
+IN_PYTHON = ("e2e", "peers", "hostile", "roam")
+# They list their tests, too:
+IN_C = ("unit", "edges", "odd", "standards", "anew", "trust", "moves", "roam_storm", "keyholder", "memory", "loops")
 REPORTING = ("simulate", "faults")  # without a list
 
 TABLE = re.compile(r"\b(?:tests|attacks|kinds)\[\w*\] = \{\n(.*?)^ *\};", re.M | re.S)

@@ -390,8 +390,10 @@ static void chacha(void)
 
 int main(int argc, char **argv)
 {
-    static const struct test tests[] = {{"stock clients with AES-GCM", gcm},
-                                        {"clients with connection IDs", cid},
-                                        {"stock clients with ChaCha20", chacha}};
+    static const struct test tests[] = {
+        {"stock clients with AES-GCM", gcm},
+        {"clients with connection IDs", cid},
+        {"stock clients with ChaCha20", chacha},
+    };
     return RUN_TESTS("roam_storm", tests, argc, argv);
 }
