@@ -317,8 +317,9 @@ typedef struct dtls_config {
                    /* client's DTLS_CID_EMPTY: records to us have none, those to the peer may. DTLS_NEVER: neither */
     const uint8_t *cid_prefix; /* a server's number, for load balancers: how each connection ID begins. Copied */
     size_t cid_prefix_len;     /* at least 4 bytes less than a connection ID has */
-    int roam_trials;           /* 20,000 keys tried in a second; or DTLS_NEVER: without a connection ID nobody moves */
-    int roam_trials_each;      /* 256 of them for one datagram */
+    int roam_trials; /* 20,000 connections looked at in a second, besides one for each datagram; or DTLS_NEVER: without */
+                     /* a connection ID nobody moves */
+    int roam_trials_each; /* 256 of them for one datagram */
 
     /* A transport of your own: takes one datagram, returns 0, or not 0 if it cannot take it now. Then this endpoint
      * opens no sockets; hand what arrives to dtls_endpoint_input(), but never from inside this call: queue it. */
