@@ -2305,16 +2305,18 @@ struct aead {
     int nid;
     const char *name;                 /* in OpenSSL's name of the suite, where the nid does not tell */
     uint8_t key, salt, explicit, tag; /* bytes; explicit: of the nonce, in each record */
+    bool ccm;
 };
 
 enum { NONCE_BYTES = 12, AEAD_KEY_MAX = 32, TAG_MAX = 16, MASTER_BYTES = 48 };
 
-/* RFC 5288, 6655, 7905, 6209. */
-static const struct aead aeads[] = {{NID_aes_128_gcm, "", 16, 4, 8, 16},        {NID_aes_256_gcm, "", 32, 4, 8, 16},
-                                    {NID_chacha20_poly1305, "", 32, 12, 0, 16}, {NID_aes_128_ccm, "CCM8", 16, 4, 8, 8},
-                                    {NID_aes_256_ccm, "CCM8", 32, 4, 8, 8},     {NID_aes_128_ccm, "", 16, 4, 8, 16},
-                                    {NID_aes_256_ccm, "", 32, 4, 8, 16},        {NID_aria_128_gcm, "", 16, 4, 8, 16},
-                                    {NID_aria_256_gcm, "", 32, 4, 8, 16}};
+/* RFC 5288, 6209, 6655, 7905. */
+static const struct aead aeads[] = {
+    {NID_aes_128_gcm, "", 16, 4, 8, 16, false},        {NID_aes_256_gcm, "", 32, 4, 8, 16, false},
+    {NID_aria_128_gcm, "", 16, 4, 8, 16, false},       {NID_aria_256_gcm, "", 32, 4, 8, 16, false},
+    {NID_chacha20_poly1305, "", 32, 12, 0, 16, false}, {NID_aes_128_ccm, "CCM8", 16, 4, 8, 8, true},
+    {NID_aes_256_ccm, "CCM8", 32, 4, 8, 8, true},      {NID_aes_128_ccm, "", 16, 4, 8, 16, true},
+    {NID_aes_256_ccm, "", 32, 4, 8, 16, true}};
 enum { AEADS = sizeof aeads / sizeof *aeads };
 
 /* NULL: another kind of suite. */
@@ -2345,17 +2347,18 @@ static void crypt_free(struct crypt *c)
     free(c);
 }
 
-/* NULL: no memory. */
-static EVP_CIPHER_CTX *crypt_get(struct crypt *c, const struct aead *aead, int seals)
+/* NULL: no memory. For CCM it is made ready anew each time, since that takes lengths and tag ahead of the key. */
+static EVP_CIPHER_CTX *crypt_get(struct crypt *c, const struct aead *aead, bool seals)
 {
     EVP_CIPHER_CTX **ctx = &c->ctx[aead - aeads];
-    bool ccm = aead->nid == NID_aes_128_ccm || aead->nid == NID_aes_256_ccm;
     bool made = !*ctx;
     if (made && !(*ctx = EVP_CIPHER_CTX_new()))
         return NULL;
-    if ((!made && !ccm) || (EVP_CipherInit_ex(*ctx, EVP_get_cipherbynid(aead->nid), NULL, NULL, NULL, seals) == 1 &&
-                            (!ccm || (EVP_CIPHER_CTX_ctrl(*ctx, EVP_CTRL_AEAD_SET_IVLEN, NONCE_BYTES, NULL) == 1 &&
-                                      EVP_CIPHER_CTX_ctrl(*ctx, EVP_CTRL_AEAD_SET_TAG, aead->tag, NULL) == 1))))
+    if (!made && !aead->ccm)
+        return *ctx;
+    if (EVP_CipherInit_ex(*ctx, EVP_get_cipherbynid(aead->nid), NULL, NULL, NULL, seals) == 1 &&
+        EVP_CIPHER_CTX_ctrl(*ctx, EVP_CTRL_AEAD_SET_IVLEN, NONCE_BYTES, NULL) == 1 &&
+        (!aead->ccm || EVP_CIPHER_CTX_ctrl(*ctx, EVP_CTRL_AEAD_SET_TAG, aead->tag, NULL) == 1))
         return *ctx;
     EVP_CIPHER_CTX_free(*ctx);
     *ctx = NULL;
@@ -2370,14 +2373,13 @@ struct sealing {
     size_t aad_len;
 };
 
-/* The key that is to be set; NULL: it is already. CCM's goes with the lengths of each record. */
-static const uint8_t *crypt_key(struct crypt *c, const struct sealing *s, bool ccm)
+/* The key that is to be set; NULL: it is already. */
+static const uint8_t *crypt_key(struct crypt *c, const struct sealing *s)
 {
     size_t i = (size_t)(s->aead - aeads);
-    if (c->keyed[i] && !ccm && memcmp(c->key[i], s->key, s->aead->key) == 0)
+    if (c->keyed[i] && !s->aead->ccm && memcmp(c->key[i], s->key, s->aead->key) == 0)
         return NULL;
     memcpy(c->key[i], s->key, s->aead->key);
-    c->keyed[i] = true;
     return s->key;
 }
 
@@ -2385,7 +2387,7 @@ static const uint8_t *crypt_key(struct crypt *c, const struct sealing *s, bool c
 static bool crypt_run(struct crypt *c, const struct sealing *s, bool seals, const uint8_t *in, size_t n, uint8_t *out)
 {
     EVP_CIPHER_CTX *ctx = crypt_get(c, s->aead, seals);
-    bool ccm = s->aead->nid == NID_aes_128_ccm || s->aead->nid == NID_aes_256_ccm;
+    bool ccm = s->aead->ccm;
     uint8_t tag[TAG_MAX];
     int len;
     if (!ctx)
@@ -2393,12 +2395,12 @@ static bool crypt_run(struct crypt *c, const struct sealing *s, bool seals, cons
     if (!seals)
         memcpy(tag, in + n, s->aead->tag);
     bool good = (seals || !ccm || EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_AEAD_SET_TAG, s->aead->tag, tag) == 1) &&
-                EVP_CipherInit_ex(ctx, NULL, NULL, crypt_key(c, s, ccm), s->nonce, seals) == 1 &&
+                EVP_CipherInit_ex(ctx, NULL, NULL, crypt_key(c, s), s->nonce, seals) == 1 &&
                 (seals || ccm || EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_AEAD_SET_TAG, s->aead->tag, tag) == 1) &&
                 (!ccm || EVP_CipherUpdate(ctx, NULL, &len, NULL, (int)n) == 1) &&
                 EVP_CipherUpdate(ctx, NULL, &len, s->aad, (int)s->aad_len) == 1 &&
                 EVP_CipherUpdate(ctx, out, &len, in, (int)n) == 1 &&
-                (!seals && ccm ? 1 : EVP_CipherFinal_ex(ctx, out + n, &len)) == 1 &&
+                ((ccm && !seals) || EVP_CipherFinal_ex(ctx, out + n, &len) == 1) &&
                 (!seals || EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_AEAD_GET_TAG, s->aead->tag, out + n) == 1);
     c->keyed[s->aead - aeads] = good; /* one that failed may lack its key */
     return good;
@@ -2622,7 +2624,7 @@ static bool wire_open(struct wire *w, bool out, const struct record *r, uint8_t 
         return false;
     k = k ? k : &fresh;
     bool good = record_open(w->crypt, k->aead, out ? &k->out : &k->in, r, text, len, type);
-    if ((good || SSL_is_init_finished(w->ssl)) && !w->keys && (w->keys = malloc(sizeof *k)) != NULL)
+    if (!w->keys && (good || SSL_is_init_finished(w->ssl)) && (w->keys = malloc(sizeof *k)) != NULL)
         *w->keys = fresh;
     good = good && w->keys;
     if (k == &fresh)
@@ -4349,7 +4351,8 @@ static void assoc_moved(struct association *a, const dtls_addr *was, const char 
         conn_raise(a->conn, DTLS_EV_MOVED, was, sizeof *was);
 }
 
-/* A server's peer is there now, as its newest record shows, An address that it had before and that was proven stays so. False: it may not be there, or no memory. */
+/* A server's peer is there now, as its newest record shows. An address that it had before, and that was proven, stays so.
+ * False: it may not be there, or no memory. */
 static bool assoc_move(struct association *a, const struct path *to, const struct record *newest)
 {
     const struct path was = {a->peer, a->local, a->udp};
@@ -4674,7 +4677,7 @@ static void traffic_kept(struct association *a, int64_t now)
 
 /* What arrives. */
 
-/* An authentic record tells where its peer is: a second one that an address is no accident. */
+/* An authentic record tells where its peer is. A second one from an address proves that, where nobody can be asked. */
 static void traffic_seen(struct association *a, const struct record *r)
 {
     struct move *m = a->move;
@@ -4827,7 +4830,6 @@ static int traffic_rebind(struct association *a, bool if_new, dtls_error *err)
     const struct path was = {a->peer, a->local, a->udp};
     struct udp *u;
     int r = assoc_open_socket(a, &a->peer, &u, err);
-    a->rebound_at = loop_now(a->ep->loop);
     if (r < 0)
         return r;
     struct move *m = if_new && memcmp(u->local.ip, a->local.ip, sizeof a->local.ip) == 0 ? NULL : malloc(sizeof *m);
@@ -4836,7 +4838,8 @@ static int traffic_rebind(struct association *a, bool if_new, dtls_error *err)
         return if_new ? 1 : fail(err, DTLS_ERR_MEMORY, "out of memory");
     }
     assoc_forget_move(a); /* its socket, too */
-    *m = (struct move){.a = a, .old = was, .at = a->rebound_at, .proven = true};
+    *m = (struct move){.a = a, .old = was, .at = loop_now(a->ep->loop), .proven = true};
+    a->rebound_at = m->at;
     a->move = m;
     a->udp = u;
     a->local = u->local;
@@ -4880,16 +4883,10 @@ static int64_t traffic_lost_at(const struct association *a)
 static void traffic_lost(struct association *a, int64_t now)
 {
     dtls_error err;
-    bool look = a->lost || a->asked_at < a->conn->unanswered_at;
-    int64_t rebound_at = a->rebound_at;
-    if (!a->lost)
-        a->asked_at = now;
-    bool lost = a->lost;
-    int r = traffic_rebind(a, look, &err);
-    if (r == 1) {
+    bool if_new = a->lost || a->asked_at < a->conn->unanswered_at;
+    *(a->lost ? &a->rebound_at : &a->asked_at) = now;
+    if (traffic_rebind(a, if_new, &err) == 1)
         a->lost = false;
-        a->rebound_at = lost ? now : rebound_at;
-    }
     if (a->phase)
         traffic_call(a);
 }
