@@ -5314,8 +5314,12 @@ static void hs_give_up(struct association *a, dtls_reason reason, const char *te
 static bool hs_refuses_session(struct association *a, X509 *cert, char text[REASON_BYTES])
 {
     char words[REASON_BYTES] = "";
-    if (a->ep->cfg.auth == DTLS_AUTH_INSECURE && !a->conn->server)
+    struct dial *d = a->conn->dial;
+    if (a->ep->cfg.auth == DTLS_AUTH_INSECURE && !a->conn->server) {
+        if (d && SSL_get_verify_result(a->ssl) != X509_V_OK)
+            snprintf(d->warning, sizeof d->warning, "%s", X509_verify_cert_error_string(SSL_get_verify_result(a->ssl)));
         return false;
+    }
     if (SSL_get_verify_mode(a->ssl) != SSL_VERIFY_NONE && SSL_get_verify_result(a->ssl) != X509_V_OK)
         snprintf(words, sizeof words, "%s", X509_verify_cert_error_string(SSL_get_verify_result(a->ssl)));
     else if (cert && time_is_past(X509_get0_notAfter(cert)))
@@ -6494,7 +6498,8 @@ static int ctx_use_key(SSL_CTX *ctx, const char *file, struct secret *of, dtls_e
         EVP_PKEY_free(key);
         if (r == 1 || key)
             return r;
-        return fail(err, DTLS_ERR_CERT, "%.150s: no key; is its provider configured (openssl storeutl -keys)?", file);
+        return fail(err, DTLS_ERR_CERT,
+                    "%.150s: no key; is its provider configured, its password right (openssl storeutl -keys)?", file);
     }
     return ctx_readable(file, err) < 0 ? -1 : SSL_CTX_use_PrivateKey_file(ctx, file, SSL_FILETYPE_PEM);
 }
@@ -7389,16 +7394,18 @@ static int ep_listen_everywhere(dtls_endpoint *ep, dtls_addr *a, dtls_error *err
 }
 
 /* Every peer would refuse a certificate whose extendedKeyUsage says otherwise. */
-static int ep_check_purpose(SSL_CTX *ctx, const dtls_config *cfg, int purpose, dtls_error *err)
+static int ep_check_purpose(const struct trust *t, const dtls_config *cfg, int purpose, dtls_error *err)
 {
-    X509 *cert = SSL_CTX_get0_certificate(ctx);
     bool server = purpose == X509_PURPOSE_SSL_SERVER;
-    if (cert ? X509_check_purpose(cert, purpose, 0) == 1 : !server || cfg->psk)
-        return 0;
-    if (!cert)
+    if (!SSL_CTX_get0_certificate(t->ctx) && server && !cfg->psk)
         return fail(err, DTLS_ERR_CERT, "a server needs a certificate and its private key, or pre-shared keys");
-    return fail(err, DTLS_ERR_CERT, "the certificate is not for a %s (extendedKeyUsage)",
-                purpose == X509_PURPOSE_SSL_SERVER ? "server" : "client");
+    for (size_t i = 0; i <= t->named_len; i++) {
+        X509 *cert = SSL_CTX_get0_certificate(i ? t->named[i - 1] : t->ctx);
+        if (cert && X509_check_purpose(cert, purpose, 0) != 1)
+            return fail(err, DTLS_ERR_CERT, "%s certificate is not for a %s (extendedKeyUsage)",
+                        i ? "a further" : "the", server ? "server" : "client");
+    }
+    return 0;
 }
 
 int dtls_endpoint_listen(dtls_endpoint *ep, dtls_addr *a, dtls_error *err)
@@ -7406,7 +7413,7 @@ int dtls_endpoint_listen(dtls_endpoint *ep, dtls_addr *a, dtls_error *err)
     int r = 0;
     if (ep->closed)
         return fail(err, DTLS_ERR_STATE, "the endpoint was freed");
-    if (ep_check_purpose(ep->trust.ctx, &ep->cfg, X509_PURPOSE_SSL_SERVER, err) < 0)
+    if (ep_check_purpose(&ep->trust, &ep->cfg, X509_PURPOSE_SSL_SERVER, err) < 0)
         return DTLS_ERR_CERT;
     if (ep->cfg.send) {
         ep->listening = true;
@@ -7519,7 +7526,7 @@ static int ep_check_target(dtls_endpoint *ep, const dtls_target *t, dtls_addr *p
     dtls_addr_format(peer, text, sizeof text);
     if (!ep->cfg.send && !q->host[0] && ((peer->family != 4 && peer->family != 6) || peer->port == 0))
         return fail(err, DTLS_ERR_ARG, "%s: no address to connect to", text);
-    if (ep_check_purpose(ep->trust.ctx, &ep->cfg, X509_PURPOSE_SSL_CLIENT, err) < 0)
+    if (ep_check_purpose(&ep->trust, &ep->cfg, X509_PURPOSE_SSL_CLIENT, err) < 0)
         return DTLS_ERR_CERT;
     if (ep->counters.conns >= (size_t)ep->cfg.max_conns)
         return fail(err, DTLS_ERR_LIMIT, "%s: %d connections are open already", q->host[0] ? q->host : text,
@@ -7832,7 +7839,7 @@ int dtls_endpoint_reload(dtls_endpoint *ep, const dtls_config *from, dtls_error 
     errors_clear();
     int r = trust_build(ep, &cfg, &t, err);
     if (r == 0 && ep->listening)
-        r = ep_check_purpose(t.ctx, &cfg, X509_PURPOSE_SSL_SERVER, err);
+        r = ep_check_purpose(&t, &cfg, X509_PURPOSE_SSL_SERVER, err);
     errors_clear();
     if (r == 0) {
         t.since = time(NULL) + 1; /* sessions know whole seconds only */
@@ -7977,6 +7984,8 @@ struct words {
     size_t len;
 };
 
+enum of { OF_BOTH, OF_SERVER, OF_CLIENT, OF_MODES };
+
 struct options {
     const struct mode *mode;
     bool help, version;
@@ -7985,6 +7994,7 @@ struct options {
     struct words psk, allow, deny, also;
     int mtu, idle_timeout_ms, keepalive_ms, unanswered_ms, max_clients, cid_bytes;
     dtls_log level;
+    const char *of[OF_MODES]; /* the last option that only one of them has */
     char **addrs;
     int addrs_len;
 };
@@ -8006,6 +8016,7 @@ struct setting {
     struct words *words;
     int *seconds, *number, min, max;
     int *cid;
+    enum of of; /* the mode that it says something to */
 };
 
 static int complain(int status, const char *text)
@@ -8074,41 +8085,42 @@ static int option_value(const struct setting *s, const char *value, dtls_error *
 
 static void option_table(struct options *o, struct setting to[SETTINGS_MAX])
 {
-    const struct setting table[] = {{.name = "--certs", .text = &o->certs},
-                                    {.name = "--cert", .text = &o->cert},
-                                    {.name = "--key", .text = &o->key},
-                                    {.name = "--ca", .text = &o->ca},
-                                    {.name = "--crl", .text = &o->crl},
-                                    {.name = "--key-password", .text = &o->key_password},
-                                    {.name = "--name", .text = &o->name},
-                                    {.name = "--psk", .words = &o->psk},
-                                    {.name = "--psk-file", .text = &o->psk_file},
-                                    {.name = "--psk-ccm8", .flag = &o->ccm8},
-                                    {.name = "--allow", .words = &o->allow},
-                                    {.name = "--deny", .words = &o->deny},
-                                    {.name = "--optional-cert", .flag = &o->optional_cert},
-                                    {.name = "--no-client-cert", .flag = &o->no_client_cert},
-                                    {.name = "--also", .words = &o->also},
-                                    {.name = "--strict-names", .flag = &o->strict_names},
-                                    {.name = "--recheck", .flag = &o->recheck},
-                                    {.name = "--no-cert", .flag = &o->no_cert},
-                                    {.name = "--insecure", .flag = &o->insecure},
-                                    {.name = "--alpn", .text = &o->alpn},
-                                    {.name = "--show-cert", .flag = &o->show_cert},
-                                    {.name = "--keylog", .text = &o->keylog},
-                                    {.name = "--session", .text = &o->session},
-                                    {.name = "--idle-timeout", .seconds = &o->idle_timeout_ms},
-                                    {.name = "--keepalive", .seconds = &o->keepalive_ms},
-                                    {.name = "--unanswered", .seconds = &o->unanswered_ms},
-                                    {.name = "--mtu", .number = &o->mtu, .min = 256, .max = 65535},
-                                    {.name = "--max-clients", .number = &o->max_clients, .min = 1, .max = 10000000},
-                                    {.name = "--cid", .cid = &o->cid_bytes},
-                                    {.name = "-v", .level = &o->level, .to = DTLS_LOG_DEBUG},
-                                    {.name = "-q", .level = &o->level, .to = DTLS_LOG_ERROR},
-                                    {.name = "-h", .flag = &o->help},
-                                    {.name = "--help", .flag = &o->help},
-                                    {.name = "--version", .flag = &o->version},
-                                    {.name = NULL}};
+    const struct setting table[] = {
+        {.name = "--certs", .text = &o->certs},
+        {.name = "--cert", .text = &o->cert},
+        {.name = "--key", .text = &o->key},
+        {.name = "--ca", .text = &o->ca},
+        {.name = "--crl", .text = &o->crl},
+        {.name = "--key-password", .text = &o->key_password},
+        {.name = "--name", .of = OF_CLIENT, .text = &o->name},
+        {.name = "--psk", .words = &o->psk},
+        {.name = "--psk-file", .of = OF_SERVER, .text = &o->psk_file},
+        {.name = "--psk-ccm8", .flag = &o->ccm8},
+        {.name = "--allow", .words = &o->allow},
+        {.name = "--deny", .words = &o->deny},
+        {.name = "--optional-cert", .of = OF_SERVER, .flag = &o->optional_cert},
+        {.name = "--no-client-cert", .of = OF_SERVER, .flag = &o->no_client_cert},
+        {.name = "--also", .of = OF_SERVER, .words = &o->also},
+        {.name = "--strict-names", .of = OF_SERVER, .flag = &o->strict_names},
+        {.name = "--recheck", .of = OF_SERVER, .flag = &o->recheck},
+        {.name = "--no-cert", .of = OF_CLIENT, .flag = &o->no_cert},
+        {.name = "--insecure", .of = OF_CLIENT, .flag = &o->insecure},
+        {.name = "--alpn", .text = &o->alpn},
+        {.name = "--show-cert", .flag = &o->show_cert},
+        {.name = "--keylog", .text = &o->keylog},
+        {.name = "--session", .of = OF_CLIENT, .text = &o->session},
+        {.name = "--idle-timeout", .of = OF_SERVER, .seconds = &o->idle_timeout_ms},
+        {.name = "--keepalive", .of = OF_CLIENT, .seconds = &o->keepalive_ms},
+        {.name = "--unanswered", .of = OF_CLIENT, .seconds = &o->unanswered_ms},
+        {.name = "--mtu", .number = &o->mtu, .min = 256, .max = 65535},
+        {.name = "--max-clients", .of = OF_SERVER, .number = &o->max_clients, .min = 1, .max = 10000000},
+        {.name = "--cid", .cid = &o->cid_bytes},
+        {.name = "-v", .level = &o->level, .to = DTLS_LOG_DEBUG},
+        {.name = "-q", .level = &o->level, .to = DTLS_LOG_ERROR},
+        {.name = "-h", .flag = &o->help},
+        {.name = "--help", .flag = &o->help},
+        {.name = "--version", .flag = &o->version},
+        {.name = NULL}};
     memcpy(to, table, sizeof table);
 }
 
@@ -8129,6 +8141,7 @@ static int option_parse(struct options *o, int argc, char **argv, int i, dtls_er
     bool is_switch = s && (s->flag || s->level);
     if (!s || (is_switch && equals))
         return fail(err, DTLS_ERR_ARG, "%.100s: unknown option; see dtls --help", argv[i]);
+    o->of[s->of] = s->name;
     if (s->flag)
         *s->flag = true;
     if (s->level)
@@ -8155,6 +8168,11 @@ static int options_mode(struct options *o, const struct mode *modes, const char 
         return fail(err, DTLS_ERR_ARG, "no address; write one as in 127.0.0.1:1234 or [::1]:1234");
     if (o->mode->one_addr && o->addrs_len > 1)
         return fail(err, DTLS_ERR_ARG, "%.100s: a %s takes one address", o->addrs[1], name);
+    const char *others = o->of[o->mode->one_addr ? OF_SERVER : OF_CLIENT];
+    if (others)
+        return fail(err, DTLS_ERR_ARG, "%s: no option of a %s; see dtls --help", others, name);
+    if (o->mode->one_addr && o->psk.len > 1)
+        return fail(err, DTLS_ERR_ARG, "--psk: a %s has one", name);
     return 0;
 }
 
@@ -8272,6 +8290,8 @@ static int keys_read(struct keys *k, const char *file, dtls_error *err)
     struct stat st;
     FILE *f = fopen(file, "r");
     int r = f && fstat(fileno(f), &st) == 0 ? 0 : fail(err, DTLS_ERR_SYSTEM, "%.150s: %s", file, strerror(errno));
+    if (r == 0 && S_ISDIR(st.st_mode))
+        r = fail(err, DTLS_ERR_SYSTEM, "%.150s: %s", file, strerror(EISDIR));
     if (r == 0 && (st.st_mode & (S_IRWXG | S_IRWXO)))
         r = fail(err, DTLS_ERR_ARG, "%.150s: others may read or change it; 'chmod 600' takes that from them", file);
     for (unsigned n = 1; r == 0 && fgets(line, sizeof line, f); n++) {
@@ -8282,6 +8302,8 @@ static int keys_read(struct keys *k, const char *file, dtls_error *err)
         else if (len > 0 && line[0] != '#')
             r = keys_add(k, line, len, where, err);
     }
+    if (r == 0 && ferror(f))
+        r = fail(err, DTLS_ERR_SYSTEM, "%.150s: cannot be read", file);
     OPENSSL_cleanse(line, sizeof line);
     if (f)
         fclose(f);
@@ -8296,6 +8318,8 @@ static int keys_load(struct keys *k, const struct options *o, dtls_error *err)
         r = keys_add(k, o->psk.word[i], strlen(o->psk.word[i]), "--psk", err);
     if (r == 0 && o->psk_file)
         r = keys_read(k, o->psk_file, err);
+    if (r == 0 && o->key_password && access(o->key_password, R_OK) < 0)
+        r = fail(err, DTLS_ERR_SYSTEM, "%.150s: %s", o->key_password, strerror(errno));
     return r;
 }
 
@@ -8489,7 +8513,11 @@ static int program_config(const struct program *p, struct paths *paths, dtls_con
 
 static const char *program_advice(const struct options *o, const struct paths *paths, const char *text)
 {
-    if (o->cert || o->key || o->ca)
+    const char *const files[] = {paths->cert, paths->key, paths->ca};
+    bool ours = false; /* it is one of those files that is wrong */
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++)
+        ours = ours || (*files[i] && strncmp(text, files[i], strnlen(files[i], 100)) == 0);
+    if (!ours || o->cert || o->key || o->ca)
         return "";
     if (strstr(text, "expired"))
         return "; 'make delete-certs certs' makes new ones";
@@ -8794,6 +8822,24 @@ static void server_look_at(struct server *s, const char *file)
         fclose(f);
 }
 
+/* A line for each revocation list that is too old: all peers of its CA are refused. */
+static void server_look_at_lists(struct server *s, const char *file)
+{
+    char line[PATH_BYTES + 100];
+    FILE *f = file ? fopen(file, "r") : NULL;
+    for (X509_CRL *crl; f && (crl = PEM_read_X509_CRL(f, NULL, NULL, NULL)) != NULL; X509_CRL_free(crl)) {
+        const ASN1_TIME *next = X509_CRL_get0_nextUpdate(crl);
+        if (!next || !time_is_past(next))
+            continue;
+        snprintf(line, sizeof line, "%s: a revocation list in it is too old, and the peers of its CA are refused",
+                 file);
+        server_log(s, DTLS_LOG_WARNING, line);
+    }
+    errors_clear();
+    if (f)
+        fclose(f);
+}
+
 static void server_look(void *user)
 {
     struct server *s = user;
@@ -8805,6 +8851,7 @@ static void server_look(void *user)
         return;
     server_look_at(s, cfg.cert_file);
     server_look_at(s, cfg.ca_file);
+    server_look_at_lists(s, cfg.crl_file);
     for (size_t i = 0; i < cfg.certs_len; i++)
         server_look_at(s, cfg.certs[i].cert_file);
     dtls_timer_set(s->timer, EXPIRY_LOOK_MS);
@@ -9767,14 +9814,23 @@ static int client_run(struct client *cl)
 
 /* The session of an earlier run, and for a later one: it holds keys. */
 
-static void client_find_session(struct client *cl)
+/* None yet, or an empty file: there will be one. Anything else is somebody's, and not ours to write over. */
+static int client_find_session(struct client *cl, dtls_error *err)
 {
-    FILE *f = cl->options->session ? fopen(cl->options->session, "r") : NULL;
-    if (f) {
-        cl->call.session = PEM_read_SSL_SESSION(f, NULL, NULL, NULL);
-        fclose(f);
+    const char *file = cl->options->session;
+    FILE *f = file ? fopen(file, "r") : NULL;
+    int r = 0, c = f ? fgetc(f) : EOF;
+    if ((file && !f && errno != ENOENT) || (f && ferror(f)))
+        r = fail(err, DTLS_ERR_SYSTEM, "%.150s: %s", file, strerror(errno));
+    if (c != EOF && ungetc(c, f) == c) {
+        cl->call.session = PEM_read_SSL_SESSION(f, NULL, NULL, (char[]){""}); /* no password is asked for */
+        if (!cl->call.session)
+            r = fail(err, DTLS_ERR_ARG, "%.150s: no session in it; name another file, or remove it", file);
     }
+    if (f)
+        fclose(f);
     errors_clear();
+    return r;
 }
 
 static void client_keep_session(const struct client *cl)
@@ -9785,7 +9841,7 @@ static void client_keep_session(const struct client *cl)
     int fd = open(file, O_WRONLY | O_CREAT | O_TRUNC, S_IRUSR | S_IWUSR);
     FILE *f = fd < 0 || fchmod(fd, S_IRUSR | S_IWUSR) < 0 ? NULL : fdopen(fd, "w");
     if (!f || PEM_write_SSL_SESSION(f, cl->call.session) != 1)
-        fprintf(stderr, "dtls: %s: the session cannot be written\n", file);
+        fprintf(stderr, "dtls: %s: the session cannot be written: %s\n", file, strerror(errno));
     if (f)
         fclose(f);
 }
@@ -9813,11 +9869,10 @@ static int client_main(struct options *o)
     cl->call.user = cl;
     cl->call.host = o->addrs[0];
     cl->call.name = o->name;
-    client_find_session(cl);
-    int status, r = client_check(o->addrs[0], &err);
-    cl->loop = r == 0 ? dtls_loop_new(NULL) : NULL;
-    if (r < 0)
-        status = complain(EXIT_USAGE, err.text);
+    int status, r = client_check(o->addrs[0], &err), found = r == 0 ? client_find_session(cl, &err) : 0;
+    cl->loop = r == 0 && found == 0 ? dtls_loop_new(NULL) : NULL;
+    if (r < 0 || found < 0)
+        status = complain(r < 0 ? EXIT_USAGE : 1, err.text);
     else
         status = cl->loop ? client_run(cl) : complain(1, strerror(errno));
     cl->finished = cl->call.stopped = true; /* also where client_run() gave up early */

@@ -16,8 +16,8 @@ import time
 
 sys.dont_write_bytecode = True  # no __pycache__ in the tree
 
-from harness import (CERTS, OPENSSL, PROMPT, Skip, Tool, check, client_identity, equal, free_port, main, openssl, split_addr,
-                     test, wait_until)  # noqa: E402
+from harness import (CERTS, OPENSSL, PROMPT, Authority, Skip, Tool, check, client_identity, equal, free_port, main,
+                     openssl, split_addr, test, wait_until)  # noqa: E402
 
 KEY = "00112233445566778899aabbccddeeff"
 OTHER = "ff" * 32
@@ -128,6 +128,34 @@ def bad_keys(t):
     one_line(t.dtls("server", "--psk-file", t.path("none"), "127.0.0.1:1"), 1, "none", "No such file")
 
 
+@test
+def advice_is_for_what_is_wrong(t):
+    """Other certificates help where these are missing or expired, and nowhere else."""
+    folder = pathlib.Path(t.path("folder"))
+    folder.mkdir(0o700)
+    for options, said in ((("--psk", "bad"), "hexadecimal digits"), (("--psk-file", "none"), "none: No such file or directory"),
+                          (("--psk-file", folder), "folder: Is a directory"), (("--alpn", ","), "1 to 255 bytes"),
+                          (("--crl", "none", "--psk", f"a:{KEY}"), "none: No such file or directory"),
+                          (("--keylog", "none/keys"), "none/keys: No such file or directory"),
+                          (("--keylog", folder), "folder: Is a directory"),
+                          (("--key-password", "none"), "none: No such file or directory")):
+        for certs in (CERTS, folder):
+            if certs == CERTS or options[0] not in ("--alpn", "--key-password"):
+                run = t.dtls("server", "--certs", certs, *options, "127.0.0.1:1")
+                one_line(run, 1, said)
+                check("make certs" not in run.err.text, f"advice for another case: {run.err.text}")
+    one_line(t.dtls("server", "--certs", folder, "127.0.0.1:1"), 1, "server.pem", "'make certs' makes a set")
+
+
+@test
+def options_of_the_other_mode(t):
+    """None may be passed over that says who is let in."""
+    for mode, options in (("server", ["--no-cert"]), ("server", ["--insecure"]), ("client", ["--no-client-cert"]),
+                          ("client", ["--optional-cert"]), ("client", ["--psk", f"a:{KEY}", "--psk", f"b:{KEY}"]),
+                          ("client", ["--psk-file", psk_file(t, f"a:{KEY}")])):
+        one_line(t.dtls(mode, "--certs", CERTS, *options, "127.0.0.1:1"), 2, options[0])
+
+
 # ---- who may come in -------------------------------------------------------------------------------------------------
 
 
@@ -234,7 +262,9 @@ def an_insecure_session_is_no_proof(t):
     session = t.path("session")
     for options in ((), ("--show-cert",)):
         t.ping(server, "--insecure", "--session", session, *options).err.wait(" not verified: .*")
-        t.ping(server, "--insecure", "--session", session).err.wait("resumed session$")
+        again = t.ping(server, "--insecure", "--session", session)
+        again.err.wait("resumed session$")
+        again.err.wait(" not verified: ")
         client = is_refused(t, server, "--session", session, why="certificate refused: unable to (verify|get)")
         equal(client.out.text, "", "what a server says that is not verified")
         os.unlink(session)
@@ -264,6 +294,33 @@ def revoked_certificates(t):
 
 
 @test
+def a_session_is_as_good_as_its_certificate(t):
+    """It was verified by other CAs and lists than those of now."""
+    session = t.path("session")
+    theirs = t.other_authority()
+    server = t.server(*theirs.issue("server", usage="serverAuth").options, "--no-client-cert")
+    t.ping(server, "--ca", theirs.pem, "--session", session)
+    t.ping(server, "--ca", theirs.pem, "--session", session).err.wait("resumed session$")
+    is_refused(t, server, "--session", session, why="certificate refused: unable to ")
+    os.unlink(session)
+
+    ours = t.authority()
+    bad = ours.issue("bad", usage="serverAuth")
+    server = t.server(*bad.options)
+    t.ping(server, "--session", session, "--crl", ours.revoke())
+    t.ping(server, "--session", session, "--crl", ours.revoke()).err.wait("resumed session$")
+    is_refused(t, server, "--session", session, "--crl", ours.revoke(bad), why="certificate refused: certificate revoked$")
+    os.unlink(session)
+
+    below = Authority(t.path("below"), *theirs.issue("middle", ca=True))
+    leaf, chain = below.issue("leaf", usage="serverAuth"), pathlib.Path(t.path("chain.pem"))
+    chain.write_text(pathlib.Path(leaf.pem).read_text() + pathlib.Path(below.pem).read_text())
+    server = t.server("--cert", chain, "--key", leaf.key, "--no-client-cert")
+    for _ in range(2):  # in the file there is no intermediate, so nothing is resumed, and all is well
+        t.ping(server, "--ca", theirs.pem, "--session", session).err.wait("full handshake$")
+
+
+@test
 def revocation_lists_that_are_too_old(t):
     ours = t.authority()
     alice = ours.issue("alice")
@@ -275,12 +332,14 @@ def revocation_lists_that_are_too_old(t):
 
     wait_until(ended, "end of the list")
     server = t.server("--crl", crl)
+    server.err.wait(r"crl\.pem: a revocation list in it is too old")
     is_refused(t, server, *alice.options, why="refused by the peer: ")
     server.err.wait("certificate refused: CRL has expired$")
     ours.revoke()
     server.send_signal(signal.SIGHUP)
     server.err.wait("^reloaded$")
     t.ping(server, *alice.options)
+    equal(server.err.count("too old"), 1, "lines about old lists")
 
 
 @test
@@ -321,11 +380,29 @@ def reload_of_what_is_no_good(t):
         shutil.copy(good[path], path)
     t.ping(server).err.wait(" connected: old, ")
     before.ask("ping", "pong")
-    equal(server.err.count("^not reloaded: "), 12, "lines that tell of a failed reload")
+    other = ours.issue("other")  # a client's
+    shutil.copy(other.pem, pem)
+    shutil.copy(other.key, key)
+    server.send_signal(signal.SIGHUP)
+    server.err.wait("^not reloaded: .*certificate is not for a server", 1)
+    shutil.copy(old.pem, pem)
+    shutil.copy(old.key, key)
+    t.ping(server).err.wait(" connected: old, ")
+    one_line(t.dtls("server", "--certs", CERTS, "--also", ",".join(other), "127.0.0.1:1"), 1, "not for a server")
+    equal(server.err.count("^not reloaded: "), 13, "lines that tell of a failed reload")
     equal(server.err.count("^reloaded$"), 0, "reloads")
     server.send_signal(signal.SIGHUP)
     server.err.wait("^reloaded$")
     before.ends()
+
+
+@test
+def reload_at_once(t):
+    """Whoever saw that it listens may send the signal."""
+    for _ in range(10):
+        server = t.server()
+        server.send_signal(signal.SIGHUP)
+        server.err.wait("^reloaded$")
 
 
 @test
@@ -377,6 +454,27 @@ def recheck_closes_the_revoked(t):
     server.err.wait("closed: no longer trusted: certificate revoked$")
     clients[1].exits(1)
     clients[0].ask("ping", "pong")
+
+
+@test
+def recheck_of_a_chain(t):
+    """Who resumed sent no intermediates, so he cannot be verified now: he has to connect anew, and nobody else has."""
+    theirs = t.other_authority()
+    below = Authority(t.path("below"), *theirs.issue("middle", ca=True))
+    leaf, chain = below.issue("leaf"), pathlib.Path(t.path("chain.pem"))
+    chain.write_text(pathlib.Path(leaf.pem).read_text() + pathlib.Path(below.pem).read_text())
+    server = t.server("--ca", theirs.pem, "--recheck")
+    options, session = ("--cert", chain, "--key", leaf.key), t.path("session")
+    t.ping(server, *options, "--session", session)
+    resumed, full = t.client(server, *options, "--session", session), t.client(server, *options)
+    for client, how in ((resumed, "resumed session$"), (full, "full handshake$")):
+        client.err.wait(how)
+    server.send_signal(signal.SIGHUP)
+    server.err.wait("^reloaded$")
+    server.err.wait(" closed: no longer trusted: unable to get local issuer certificate$")
+    resumed.exits(1)
+    full.ask("ping", "pong")
+    t.ping(server, *options, "--session", session).err.wait("full handshake$")
 
 
 @test
@@ -501,6 +599,7 @@ def secrets_are_logged(t):
     log = pathlib.Path(t.path("keys"))
     server = t.server()
     t.ping(server, "--keylog", str(log))
+    equal(stat.S_IMODE(log.stat().st_mode), 0o600, "mode of the log of secrets")
     check(re.fullmatch(r"CLIENT_RANDOM [0-9a-f]{64} [0-9a-f]{96}\n", log.read_text()), f"logged {log.read_text()!r}")
     one_line(t.dtls("client", "--certs", CERTS, "--keylog", t.path("none/keys"), "127.0.0.1:1"), 1, "none/keys: No such file")
 
@@ -574,7 +673,25 @@ def sessions_are_kept(t):
     t.ping(server, "--session", str(old), "--name", "localhost").err.wait("(full handshake|resumed session)$")
     is_refused(t, server, "--session", str(old), "--name", "none.example", why="none.example was wanted")
     client = t.ping(server, "--session", t.path("none/session"))
-    client.err.wait("^dtls: .*none/session: the session cannot be written")
+    client.err.wait("^dtls: .*none/session: the session cannot be written: No such file or directory$")
+    old.chmod(0o644)
+    t.ping(server, "--session", str(old))
+    equal(stat.S_IMODE(old.stat().st_mode), 0o600, "mode of a session's file that was there")
+
+
+@test
+def files_that_are_no_sessions(t):
+    server, file = t.server(), pathlib.Path(t.path("file"))
+    locked = (b"-----BEGIN SSL SESSION PARAMETERS-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,"
+              + b"00" * 16 + b"\n\nAAAAAAAAAAAAAAAAAAAAAA==\n-----END SSL SESSION PARAMETERS-----\n")
+    for content in (b"x", b"\0" * 1000000, pathlib.Path(f"{CERTS}/client.key").read_bytes(), locked):
+        file.write_bytes(content)
+        one_line(t.client(server, "--session", str(file), stdin=b"ping\n"), 1, "file: no session in it")
+        check(file.read_bytes() == content, "it was written over")
+    file.write_bytes(b"")
+    t.ping(server, "--session", str(file))
+    t.ping(server, "--session", str(file)).err.wait("resumed session$")
+    one_line(t.client(server, "--session", t.tmp, stdin=b"ping\n"), 1, t.tmp, "Is a directory")
 
 
 @test
