@@ -5,6 +5,9 @@ OpenSSL's s_client and s_server (what e2e.py has of them is not repeated here), 
 socat, libcoap's coap-client and coap-server, and small programs for wolfSSL and Mbed TLS, which are compiled from
 tests/peers/ when their headers are there. A peer that is not installed is skipped. Debian has them in gnutls-bin, socat,
 libcoap3-bin, libwolfssl-dev and libmbedtls-dev.
+
+The tests with "roaming" in their names are about addresses that change. Those with connection IDs (RFC 9146) need the
+libraries that tests/peers/build.sh builds, which ./test.sh all has it do.
 """
 
 import collections
@@ -20,7 +23,7 @@ import threading
 
 sys.dont_write_bytecode = True  # no __pycache__ in the tree
 
-from harness import (Authority, BIN, CC, CERTS, FOLDERS, HANDSHAKE, Identity, MESSAGE_MAX, OPENSSL, PROMPT,
+from harness import (Authority, BIN, CC, CERTS, FOLDERS, HANDSHAKE, IP_UDP_BYTES, Identity, MESSAGE_MAX, OPENSSL, PROMPT,
                      Proc, ROOT, Skip, Term, can_bind, check, equal, free_port, main, split_addr, test,
                      wait_until)  # noqa: E402
 
@@ -62,6 +65,7 @@ class Peer:
     """How one foreign implementation is run and what it says. Below, `certs` is a folder like CERTS, or a Key."""
 
     name = None
+    program = None
     certs = CERTS  # where a test does not say
     connected = None  # what its client says once it is connected and has verified us
     closed = None  # and when we closed
@@ -217,7 +221,8 @@ class Compiled(Peer):
     libraries = ()
     lock = threading.Lock()
     folder = None  # for the programs of all
-    program = None
+    source = None  # the file's name, where it is not that of the peer
+    flags = ()
 
     def need(self):
         with self.lock:
@@ -228,7 +233,7 @@ class Compiled(Peer):
         """Whether the headers are there, and the preprocessor finds this true of them."""
         source = "".join(f"#include <{header}>\n" for header in (*self.before, self.header))
         source += f"#if !({condition})\n#error\n#endif\n"
-        return subprocess.run([*CC, "-E", "-x", "c", "-"], input=source.encode(), stdout=subprocess.DEVNULL,
+        return subprocess.run([*CC, *self.flags, "-E", "-x", "c", "-"], input=source.encode(), stdout=subprocess.DEVNULL,
                               stderr=subprocess.DEVNULL).returncode == 0
 
     def compile(self):
@@ -238,9 +243,10 @@ class Compiled(Peer):
             Compiled.folder = tempfile.mkdtemp(prefix="dtls-peers-bin-")
             FOLDERS.add(Compiled.folder)
         program = os.path.join(Compiled.folder, type(self).__name__)
-        done = subprocess.run([*CC, "-O1", "-o", program, f"{ROOT}/tests/peers/{self.name}.c", *self.libraries],
+        source = f"{self.source or self.name}.c"
+        done = subprocess.run([*CC, "-O1", *self.flags, "-o", program, f"{ROOT}/tests/peers/{source}", *self.libraries],
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        check(done.returncode == 0, f"{self.name}.c does not compile: {done.stdout.decode()[-300:]}")
+        check(done.returncode == 0, f"{source} does not compile: {done.stdout.decode()[-300:]}")
         self.program = program
 
     def client_argv(self, host, port, certs):
@@ -998,6 +1004,379 @@ def server_with_rsa_4096(t, peer):
     equal(client.connected()["name"], "server", "certificate name in our log")
     client.ask("hello", peer.echo("hello")[0])
     client.ends()
+
+
+# ---- tests: addresses that change -------------------------------------------------------------------------------------
+
+
+class Built:
+    """Mixed into a compiled peer: with the library that build.sh made, which has connection IDs."""
+
+    built = pathlib.Path(ROOT, "tests/build/peers")
+
+    def compile(self):
+        folder = self.built / self.source
+        why = self.built / f"{self.source}.why"
+        if not folder.is_dir():
+            raise Skip(why.read_text().strip() if why.exists() else
+                       f"{self.source} with connection IDs is not built: tests/peers/build.sh tests/build/peers does it")
+        self.flags = f"-I{folder}/include", *(folder / "flags").read_text().split()
+        self.libraries = f"{folder}/{self.source}.a",
+        super().compile()
+
+    declined = 5  # bytes of the connection ID that its client may offer to a server that agrees upon none
+
+    @staticmethod
+    def cids(came, went):
+        return f"connection IDs: {came} in, {went} out"
+
+    def suite(self, suite):
+        return f"suite={self.suites[suite]}"
+
+
+GCM128, GCM256, CHACHA = "ECDHE-ECDSA-AES128-GCM-SHA256", "ECDHE-ECDSA-AES256-GCM-SHA384", "ECDHE-ECDSA-CHACHA20-POLY1305"
+
+
+class BuiltMbedTLS(Built, MbedTLS):
+    """With two empty connection IDs it says that there are none."""
+
+    name, source = "mbedtls with cid", "mbedtls"
+    suites = {GCM128: "TLS-ECDHE-ECDSA-WITH-AES-128-GCM-SHA256", GCM256: "TLS-ECDHE-ECDSA-WITH-AES-256-GCM-SHA384",
+              CHACHA: "TLS-ECDHE-ECDSA-WITH-CHACHA20-POLY1305-SHA256", CCM8: "TLS-PSK-WITH-AES-128-CCM-8"}
+
+    @staticmethod
+    def cids(came, went):
+        return Built.cids(came, went) if came or went else "connection IDs: none"
+
+
+class BuiltWolfSSL(Built, WolfSSL):
+    """A client of 5.9.2 drops every record after a ServerHello without the extension, if it had offered a connection ID that
+    is not empty: DtlsCIDOnExtensionsParsed in its dtls.c is called for DTLS 1.3 only. The same with its own server."""
+
+    name, source = "wolfssl with cid", "wolfssl"
+    declined = 0
+    suites = {GCM128: "ECDHE-ECDSA-AES128-GCM-SHA256", GCM256: "ECDHE-ECDSA-AES256-GCM-SHA384",
+              CHACHA: "ECDHE-ECDSA-CHACHA20-POLY1305", CCM8: "PSK-AES128-CCM-8"}
+
+
+WITH_CID = BuiltMbedTLS(), BuiltWolfSSL()
+MOVES = 2
+CID_MAX = 20
+SMALL_LINK = 256
+
+
+def rebinds(client, nth):
+    """A foreign client that goes on from another port, and its new address."""
+    client.send("/rebind")
+    return "127.0.0.1:" + client.says(r"rebound: (\d+)", nth)[1]
+
+
+def follows(client, server, move, name="client"):
+    """Our server follows its only client; move(nth) has that go on from another address, and returns it. Returns the last
+    one."""
+    addr = server.connected()["addr"]
+    client.ask("ping", "pong")
+    for nth in range(1, MOVES + 1):
+        before, addr = addr, move(nth)
+        client.ask(f"echo after move {nth}", f"after move {nth}")
+        server.err.wait_line(f"{addr} moved from {before}")
+        client.ask("whoami", addr)
+        client.ask("stats", f"{addr} {name}, ")
+    equal(server.err.count(" moved from "), MOVES, "moves in our log")
+    equal(server.err.count("handshake failed|closed:"), 0, "what went wrong in our log")
+    return addr
+
+
+def leaves(client, server, addr):
+    client.close_stdin()
+    server.err.wait_line(f"{addr} closed: closed by the peer", timeout=PROMPT)
+
+
+@with_each(*WITH_CID)
+def roaming_client(t, peer):
+    """Connection IDs of all lengths on either side."""
+    for ours, theirs in ((None, 0), (None, 8), (1, 20), (20, 1)):
+        server = t.server(*(() if ours is None else ("--cid", ours)))
+        client = peer.client(t, server, f"cid={theirs}")
+        client.says(peer.cids(theirs, 8 if ours is None else ours))
+        leaves(client, server, follows(client, server, lambda nth: rebinds(client, nth)))
+
+
+@with_each(*WITH_CID)
+def roaming_client_that_offers_none(t, peer):
+    """Nor does it get any."""
+    server = t.server()
+    client = peer.client(t, server)
+    client.says(peer.connected)
+    leaves(client, server, follows(client, server, lambda nth: rebinds(client, nth)))
+
+
+@with_each(*WITH_CID)
+def roaming_client_of_a_server_without_cid(t, peer):
+    """It is followed all the same, by its keys."""
+    for ours, theirs, said in (("never", peer.declined, "connection IDs: (none|0 in, 0 out)"), (0, 5, peer.cids(5, 0)),
+                               (0, 0, peer.cids(0, 0))):
+        server = t.server("--cid", ours)
+        client = peer.client(t, server, f"cid={theirs}")
+        client.says(said)
+        leaves(client, server, follows(client, server, lambda nth: rebinds(client, nth)))
+
+
+@with_each(*WITH_CID)
+def roaming_client_with_each_suite(t, peer):
+    for suite in peer.suites:
+        server = t.server("--psk", KEY, "--psk-ccm8")
+        client = peer.client(t, server, "cid=4", peer.suite(suite), *((f"psk={KEY}",) if suite == CCM8 else ()))
+        equal(server.connected()["cipher"], suite, "suite in our log")
+        name = KEY.identity if suite == CCM8 else "client"
+        leaves(client, server, follows(client, server, lambda nth: rebinds(client, nth), name))
+
+
+@with_each(*WITH_CID)
+def roaming_client_resumes(t, peer):
+    server = t.server()
+    client = peer.client(t, server, "cid=4", *peer.resume)
+    client.says(peer.cids(4, 8), nth=2)
+    seen = server.connected(nth=2)
+    equal((seen["name"], seen["kind"]), ("client", "resumed session"), "certificate name and handshake in our log")
+    addr = seen["addr"]
+    for nth in range(1, MOVES + 1):
+        before, addr = addr, rebinds(client, nth)
+        client.ask("whoami", addr)
+        server.err.wait_line(f"{addr} moved from {before}")
+    leaves(client, server, addr)
+
+
+@with_each(*WITH_CID)
+def roaming_client_and_sizes(t, peer):
+    """Messages of all sizes from the new address, and a broadcast to it; then we close."""
+    server = t.server()
+    client = peer.client(t, server, "cid=20")
+    follows(client, server, lambda nth: rebinds(client, nth))
+    for size in (1, 2, 15, 16, 17, 1200, peer.sends - len("echo ")):
+        text = text_of(size)
+        client.ask("echo " + text, text)
+    text = text_of(peer.takes - len("bc ")).upper()
+    other = t.client(server)
+    other.send("bc " + text)
+    client.shows(text)
+    other.out.wait_line(text)
+    other.ends()
+    rebinds(client, MOVES + 1)
+    client.ask("ping", "pong")
+    server.stop()
+    client.says(peer.closed, timeout=PROMPT)
+    client.reap(PROMPT)
+
+
+@with_each(*WITH_CID, slow=True)
+def roaming_client_through_loss(t, peer):
+    """A handshake with connection IDs that loses datagrams, and a move behind it."""
+    server = t.server()
+    relays = [lossy_relay(t, server, seed) for seed in LOSS_SEEDS]
+    clients = [peer.client(t, relay, "cid=4") for relay in relays]
+    for seed, relay, client in zip(LOSS_SEEDS, relays, clients):
+        client.out.name += f" (seed {seed})"
+        client.says(peer.cids(4, 8), timeout=LOSS_WAIT)
+        relay.loss = 0
+        client.ask("ping", "pong")
+        rebinds(client, 1)
+        client.ask("ping", "pong")
+    check(sum(relay.did["lost"] for relay in relays), f"nothing was lost with the seeds {LOSS_SEEDS}")
+    equal(server.err.count(" moved from "), len(clients), "moves in our log")
+
+
+@with_each(*WITH_CID)
+def roaming_client_closes_from_another_port(t, peer):
+    """Its close_notify is the first that comes from there."""
+    server = t.server()
+    client = peer.client(t, server, "cid=4")
+    client.ask("ping", "pong")
+    leaves(client, server, rebinds(client, 1))
+
+
+@with_each(*WITH_CID)
+def roaming_client_of_a_server_with_a_small_mtu(t, peer):
+    """There is room for the longest connection ID in each datagram of ours."""
+    relay = t.relay(t.server("--mtu", SMALL_LINK, "--cid", CID_MAX))
+    client = peer.client(t, relay, f"cid={CID_MAX}")
+    client.says(peer.cids(CID_MAX, CID_MAX))
+    client.ask("ping", "pong")
+    largest = max(len(one.data) for one in relay.log if not one.to_server)
+    check(largest <= SMALL_LINK - IP_UDP_BYTES, f"a datagram of {largest} bytes")
+
+
+def goes_on(client, nth):
+    """Our client from another port; the port."""
+    client.send_signal(signal.SIGUSR1)
+    return split_addr(client.err.wait(r"^\S+ goes on from (\S+)$", nth)[1])[1]
+
+
+def followed(client, server):
+    """Their server follows our client."""
+    client.ask("hello", "hello")
+    for nth in range(1, MOVES + 1):
+        port = goes_on(client, nth)
+        client.ask(f"after move {nth}", f"after move {nth}")
+        server.says(f"moved: {port}\n")
+
+
+@with_each(*WITH_CID)
+def roaming_server(t, peer):
+    """Its server follows our client. wolfSSL and Mbed TLS leave that to the application, tests/peers/peer.h here."""
+    for theirs, ours in ((8, None), (8, 4), (1, 20), (20, 1)):
+        server = peer.server(t, f"cid={theirs}")
+        client = our_client(t, server, *(() if ours is None else ("--cid", ours)))
+        server.says(peer.cids(theirs, ours or 0))
+        followed(client, server)
+        client.ends()
+        server.says(peer.noticed, timeout=PROMPT)
+
+
+@with_each(*WITH_CID)
+def roaming_server_closes(t, peer):
+    server = peer.server(t, "cid=8")
+    client = our_client(t, server)
+    followed(client, server)
+    client.send("bye")
+    client.err.wait(f"^{server.addr} closed: closed by the peer$", timeout=PROMPT)
+    client.exits(1, timeout=PROMPT)
+
+
+@with_each(*WITH_CID)
+def roaming_server_with_each_suite(t, peer):
+    for suite in peer.suites:
+        psk = suite == CCM8
+        server = peer.server(t, "cid=8", peer.suite(suite), *((f"psk={KEY}",) if psk else ()))
+        client = our_client(t, server, *(("--psk", KEY, "--psk-ccm8") if psk else ()), certs=t.tmp if psk else None)
+        equal(client.connected()["cipher"], suite, "suite in our log")
+        followed(client, server)
+        client.ends()
+
+
+@with_each(*WITH_CID)
+def roaming_server_resumes(t, peer):
+    server = peer.server(t, "cid=8")
+    for kind in ("full handshake", "resumed session"):
+        client = our_client(t, server, "--session", t.path("session"), "--cid", "4")
+        equal(client.connected()["kind"], kind, "handshake in our log")
+        followed(client, server)
+        client.ends()
+        server.says(peer.noticed, nth=1 + (kind == "resumed session"), timeout=PROMPT)
+
+
+@with_each(*WITH_CID)
+def roaming_server_and_sizes(t, peer):
+    server = peer.server(t, "cid=20")
+    client = our_client(t, server, "--cid", "20")
+    followed(client, server)
+    for size in (1, 2, 15, 16, 17, 1200, peer.takes - 1):
+        text = text_of(size).upper()
+        client.ask(text, *peer.echo(text))
+    client.ends()
+
+
+@with_each(*WITH_CID, slow=True)
+def roaming_server_through_loss(t, peer):
+    relays = [lossy_relay(t, peer.server(t, "cid=8"), seed) for seed in LOSS_SEEDS]
+    clients = [our_client(t, relay, "--cid", "4") for relay in relays]
+    for seed, relay, client in zip(LOSS_SEEDS, relays, clients):
+        client.err.name += f" (seed {seed})"
+        client.connected(timeout=LOSS_WAIT)
+        relay.loss = 0
+        client.ask("hello", "hello")
+        goes_on(client, 1)
+        client.ask("again", "again")
+        client.ends()
+    check(sum(relay.did["lost"] for relay in relays), f"nothing was lost with the seeds {LOSS_SEEDS}")
+
+
+@with_each(*WITH_CID)
+def roaming_among_themselves(t, peer):
+    """Their client with their servers: what fails here is not ours."""
+    for other in installed(WITH_CID):
+        server = other.server(t, "cid=8")
+        client = peer.client(t, server, "cid=4")
+        client.says(peer.cids(4, 8))
+        client.ask("hello", "hello")
+        for nth in range(1, MOVES + 1):
+            addr = rebinds(client, nth)
+            client.ask(f"after move {nth}", f"after move {nth}")
+            server.says(f"moved: {split_addr(addr)[1]}\n")
+        client.close_stdin()
+        server.says(other.noticed, timeout=PROMPT)
+
+
+# Stock clients, none of which knows of connection IDs: a NAT gives them other ports. roam.py has more of it.
+STOCK = ((S_CLIENT, GCM128, ("-cipher", GCM128)), (S_CLIENT, GCM256, ("-cipher", GCM256)),
+         (S_CLIENT, CHACHA, ("-cipher", CHACHA)),
+         (GNUTLS, "ECDHE-ECDSA-AES256-GCM-SHA384", ("--priority", "NORMAL:-CIPHER-ALL:+AES-256-GCM")),
+         (GNUTLS, CHACHA, ("--priority", "NORMAL:-CIPHER-ALL:+CHACHA20-POLY1305")),
+         (SOCAT, None, ()),
+         *((WOLFSSL, suite, ("suite=" + BuiltWolfSSL.suites[suite],)) for suite in (GCM128, GCM256, CHACHA)),
+         *((MBEDTLS, suite, ("suite=" + BuiltMbedTLS.suites[suite],)) for suite in (GCM128, GCM256, CHACHA)))
+
+
+def with_stock(function):
+    for peer, suite, chosen in STOCK:
+        def one(t, peer=peer, suite=suite, chosen=chosen):
+            peer.need()
+            function(t, peer, suite, chosen)
+        one.__name__ = f"{peer.name}_{function.__name__}{f'_{suite}' if suite else ''}"
+        test(one)
+    return function
+
+
+@with_stock
+def roaming_stock_client(t, peer, suite, chosen):
+    server = t.server()
+    nat = t.nat(server)
+    client = peer.client(t, nat, *chosen)
+    client.says(peer.connected)
+    seen = server.connected()
+    check(suite in (None, seen["cipher"]), f"the suite is {seen['cipher']}")
+    leaves(client, server, follows(client, server, lambda nth: nat.rebind(0)))
+
+
+@test
+def roaming_of_all_at_once(t):
+    """Behind one NAT, which gives all of them new ports, and then each that of another."""
+    server = t.server()
+    nat = t.nat(server)
+    clients = []
+    for peer, options in [*((peer, ()) for peer in installed(EVERY)), *((peer, ("cid=4",)) for peer in installed(WITH_CID))]:
+        clients.append(peer.client(t, nat, *options))
+        clients[-1].says(peer.connected)
+        server.connected(nth=len(clients))
+    for nth in range(3):
+        nat.restart()
+        for client in clients:
+            client.send(f"echo restart {nth}")
+        for client in clients:
+            client.shows(f"restart {nth}")
+        for other in range(1, len(clients)):
+            nat.swap(other - 1, other)
+        for client in clients:
+            client.send(f"echo rotation {nth}")
+        for client in clients:
+            client.shows(f"rotation {nth}")
+    for number, client in enumerate(clients):
+        client.ask("whoami", nat.own_addr(number))
+    equal(server.err.count("connected:"), len(clients), "connections that were ever made")
+    equal(server.err.count("closed:"), 0, "connections closed")
+
+
+@with_each(*EVERY)
+def roaming_stock_client_that_we_close(t, peer):
+    """Behind a NAT, from whose new port it has spoken."""
+    server = t.server()
+    nat = t.nat(server)
+    client = peer.client(t, nat)
+    client.says(peer.connected)
+    follows(client, server, lambda nth: nat.rebind(0))
+    server.stop()
+    client.says(peer.closed, timeout=PROMPT)
+    client.reap(PROMPT)
 
 
 if __name__ == "__main__":

@@ -22,19 +22,12 @@ scratch=$(mktemp -d "$folder/.new.XXXXXX") || exit 1
 trap 'rm -rf "$scratch"' EXIT
 trap 'exit 1' HUP INT TERM
 
-describe() { # name: sets version, path, sha256
-    case $1 in
-    mbedtls)
-        version=3.6.7 path=pool/main/m/mbedtls/mbedtls_3.6.7.orig.tar.bz2
-        sha256=a7e8bcbec0e6f761b4af24f25677626b35f762f68eef79c08677a363212d11f6
-        ;;
-    wolfssl)
-        version=5.9.2 path=pool/main/w/wolfssl/wolfssl_5.9.2.orig.tar.gz
-        sha256=2f4ef3d4fd387a9b3191d36a6316d69116c46ff69bb9583b6c82b36d7b8ca114
-        ;;
-    *) return 1 ;;
-    esac
-}
+# A mirror has what is in a release: sid's versions come and go, those of a stable one stay.
+releases='
+mbedtls 3.6.7 pool/main/m/mbedtls/mbedtls_3.6.7.orig.tar.bz2 a7e8bcbec0e6f761b4af24f25677626b35f762f68eef79c08677a363212d11f6
+mbedtls 3.6.6 pool/main/m/mbedtls/mbedtls_3.6.6.orig.tar.bz2 8fb65fae8dcae5840f793c0a334860a411f884cc537ea290ce1c52bb64ca007a
+wolfssl 5.9.2 pool/main/w/wolfssl/wolfssl_5.9.2.orig.tar.gz 2f4ef3d4fd387a9b3191d36a6316d69116c46ff69bb9583b6c82b36d7b8ca114
+'
 
 mirrors() { # one a line
     [ -z "${MIRROR-}" ] || {
@@ -66,10 +59,15 @@ download() { # address, file
     fi
 }
 
-fetch() { # path, file
+fetch() { # path, sha256: to $folder, unless it is there
+    archive=$folder/${1##*/}
+    [ ! -f "$archive" ] || [ "$(sum "$archive")" != "$2" ] || return 0
     for mirror in $(mirrors); do
-        download "${mirror%/}/$1" "$2" >>"$scratch/log" 2>&1 && [ "$(sum "$2")" = "$sha256" ] && return
-        rm -f "$2"
+        if download "${mirror%/}/$1" "$scratch/archive" >>"$scratch/log" 2>&1 && [ "$(sum "$scratch/archive")" = "$2" ]; then
+            mv "$scratch/archive" "$archive"
+            return
+        fi
+        rm -f "$scratch/archive"
     done
     return 1
 }
@@ -97,12 +95,12 @@ configure() { # name
     [ "$1" = wolfssl ] || return 0
     {
         # DTLS 1.2 with connection IDs, of 10 bytes where nothing else is said
-        printf '#define %s\n' WOLFSSL_DTLS WOLFSSL_DTLS_CID 'DTLS_CID_MAX_SIZE 20' NO_OLD_TLS HAVE_TLS_EXTENSIONS HAVE_SUPPORTED_CURVES \
-            HAVE_EXTENDED_MASTER SINGLE_THREADED
+        printf '#define %s\n' WOLFSSL_DTLS WOLFSSL_DTLS_CID 'DTLS_CID_MAX_SIZE 20' NO_OLD_TLS HAVE_TLS_EXTENSIONS \
+            HAVE_SUPPORTED_CURVES HAVE_EXTENDED_MASTER HAVE_SERVER_RENEGOTIATION_INFO SINGLE_THREADED
         # the suites
         printf '#define %s\n' HAVE_ECC HAVE_CURVE25519 ECC_TIMING_RESISTANT TFM_TIMING_RESISTANT WC_RSA_BLINDING WC_RSA_PSS \
             HAVE_AESGCM HAVE_AESCCM HAVE_CHACHA HAVE_POLY1305 HAVE_ONE_TIME_AUTH WOLFSSL_SHA384 WOLFSSL_SHA512 \
-            WOLFSSL_SP_MATH_ALL NO_DES3 NO_RC4 NO_MD4 NO_DSA
+            WOLFSSL_STATIC_PSK WOLFSSL_SP_MATH_ALL NO_DES3 NO_RC4 NO_MD4 NO_DSA NO_DH
         # what wolfssl.c calls
         printf '#define %s\n' OPENSSL_EXTRA KEEP_PEER_CERT
     } >wolfssl/options.h && echo '#include <wolfssl/options.h>' >user_settings.h
@@ -138,25 +136,31 @@ fail() { # name, reason
     return 1
 }
 
-build() { # name
-    describe "$1" || fail "$1" 'not known here' || return
-    stamp="$version $(cksum <"$0") $(echo "$cc $(uname -sm)" | cksum)"
-    [ "$(cat "$folder/$1/stamp" 2>/dev/null)" != "$stamp" ] || return 0
-    : >"$scratch/log"
-    archive=$folder/${path##*/}
-    [ -f "$archive" ] && [ "$(sum "$archive")" = "$sha256" ] || {
-        fetch "$path" "$scratch/archive" || fail "$1" "$1 $version is not to be had: no network, or no mirror has it" || return
-        mv "$scratch/archive" "$archive"
-    }
+unpack() { # to $scratch/source
     rm -rf "$scratch/source" "$scratch/ready"
     mkdir "$scratch/source"
     case $archive in
     *.bz2) bzip2 -dc "$archive" ;;
     *) gzip -dc "$archive" ;;
-    esac 2>>"$scratch/log" | (cd "$scratch/source" && tar xf -) >>"$scratch/log" 2>&1 ||
-        fail "$1" "${path##*/} cannot be unpacked" || return
+    esac | (cd "$scratch/source" && tar xf -)
+}
+
+build() { # name
+    stamp="$(cksum <"$0") $(echo "$cc $(uname -sm)" | cksum)"
+    [ "$(cat "$folder/$1/stamp" 2>/dev/null)" != "$stamp" ] || return 0
+    : >"$scratch/log"
+    echo "$releases" | grep "^$1 " >"$scratch/wanted" || fail "$1" 'not known here' || return
+    found=
+    while read -r _ version path sha256; do
+        ! fetch "$path" "$sha256" </dev/null || {
+            found=$version
+            break
+        }
+    done <"$scratch/wanted"
+    [ -n "$found" ] || fail "$1" "the sources of $1 are not to be had: no network, or no mirror has that version" || return
+    unpack >>"$scratch/log" 2>&1 || fail "$1" "${archive##*/} cannot be unpacked" || return
     (cd "$scratch"/source/* && compile "$1" && install "$1") >>"$scratch/log" 2>&1 ||
-        fail "$1" "$1 $version does not compile" || return
+        fail "$1" "$1 $found does not compile" || return
     echo "$stamp" >"$scratch/ready/stamp"
     rm -rf "${folder:?}/$1" "$folder/$1.why"
     mv "$scratch/ready" "$folder/$1" || fail "$1" "no room in $folder"

@@ -107,10 +107,11 @@ static bool session_cids(int *in, int *out)
     unsigned char cid[MBEDTLS_SSL_CID_OUT_LEN_MAX];
     size_t len = 0;
     int enabled = MBEDTLS_SSL_CID_DISABLED;
-    mbedtls_ssl_get_peer_cid(&ssl, &enabled, cid, &len);
+    if (mbedtls_ssl_get_peer_cid(&ssl, &enabled, cid, &len) != 0 || enabled != MBEDTLS_SSL_CID_ENABLED)
+        return false;
     *in = (int)link_.cid_len;
     *out = (int)len;
-    return enabled == MBEDTLS_SSL_CID_ENABLED;
+    return true;
 }
 #else
 static bool want_cids(const struct options *options)

@@ -130,7 +130,7 @@ static int link_send(const unsigned char *data, size_t len)
     return (int)sendto(link_.fd, data, len, 0, (struct sockaddr *)&link_.peer, sizeof link_.peer);
 }
 
-static void link_moves(void)
+static void link_moved(void)
 {
     if (link_.from.sin_port == 0 || same_address(&link_.from, &link_.peer))
         return;
@@ -189,23 +189,19 @@ static void udp_rebind(int fd)
     say("rebound: %u", (unsigned)ntohs(addr.sin_port));
 }
 
-static void say_cids(void)
-{
-    int in = 0, out = 0;
-    if (session_cids(&in, &out))
-        say("connection IDs: %d in, %d out", in, out);
-    else
-        say("connection IDs: none");
-}
-
 /* The handshake, on a connected socket. */
 static bool begin(int fd, const struct options *options)
 {
+    int in = 0, out = 0;
     link_choose_cid(options);
     if (!session_open(fd, options))
         return false;
-    if (options->cid)
-        say_cids();
+    if (options->cid && session_cids(&in, &out))
+        say("connection IDs: %d in, %d out", in, out);
+    else if (options->cid)
+        say("connection IDs: none");
+    if (options->server && in > 0)
+        link_start(fd);
     return true;
 }
 
@@ -229,7 +225,7 @@ static void serve(int fd)
         if (len == SESSION_EMPTY)
             poll(&in, 1, -1);
         if (len > 0)
-            link_moves();
+            link_moved();
         if (len == 3 && memcmp(data, "bye", 3) == 0)
             break;
         if (len > 0 && !serve_message(data, len))
@@ -245,11 +241,8 @@ static void run_server(int fd, const struct options *options)
     say("listening");
     for (;;) {
         udp_accept(fd);
-        if (begin(fd, options)) {
-            if (options->cid_len > 0)
-                link_start(fd);
+        if (begin(fd, options))
             serve(fd);
-        }
         udp_release(fd);
     }
 }
