@@ -166,6 +166,10 @@ if wanted backend && [ "$(uname)" = Linux ]; then
 fi
 if wanted threads; then build threads "$races" tests/loops.c dtls.c $libssl; fi
 if wanted dropin || wanted e2e || wanted identity || wanted peers || wanted loss || wanted hostile || wanted roam || wanted blackhole; then build dtls "$sanitize" -DDTLS_MAIN dtls.c $libssl $libedit; fi
+if wanted peers && [ $mode = all ]; then
+    sh tests/peers/build.sh tests/build/peers >tests/build/peers.log 2>&1 & # where it cannot, tests tell that they skip
+    children="$children $!"
+fi
 if wanted valgrind; then build dtls-plain '-O1 -g' -DDTLS_MAIN dtls.c $libssl $libedit; fi
 wait
 children=

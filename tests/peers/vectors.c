@@ -14,14 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum {
-    DATAGRAMS = 16,
-    DATAGRAM_BYTES = 2048,
-    MASTER_BYTES = 48,
-    RANDOM_BYTES = 32,
-    ROUNDS = 50,
-    BYTES_A_LINE = 16
-};
+enum { DATAGRAMS = 16, DATAGRAM_BYTES = 2048, MASTER_BYTES = 48, RANDOM_BYTES = 32, ROUNDS = 50, BYTES_A_LINE = 16 };
 
 /* What is on its way to one side. */
 struct queue {
@@ -169,7 +162,8 @@ static void converse(const char *name, const char *theirs, bool with_cid)
     begin(&server, true, suite, with_cid);
     client.out = &server.in;
     server.out = &client.in;
-    for (int i = 0; i < ROUNDS && (!mbedtls_ssl_is_handshake_over(&client.ssl) || !mbedtls_ssl_is_handshake_over(&server.ssl));
+    for (int i = 0;
+         i < ROUNDS && (!mbedtls_ssl_is_handshake_over(&client.ssl) || !mbedtls_ssl_is_handshake_over(&server.ssl));
          i++) {
         int results[] = {mbedtls_ssl_handshake(&client.ssl), mbedtls_ssl_handshake(&server.ssl)};
         for (int k = 0; k < 2; k++)
@@ -190,8 +184,10 @@ int main(void)
     mbedtls_entropy_init(&entropy);
     mbedtls_ctr_drbg_init(&drbg);
     need(mbedtls_ctr_drbg_seed(&drbg, mbedtls_entropy_func, &entropy, NULL, 0) == 0, "seed");
-    printf("/* Records of application data by another implementation, with what it takes to open them: for each suite two\n"
-           " * with a connection ID (RFC 9146), one from each side, and two without. Whoever reads them must get the text.\n"
+    printf("/* Records of application data by another implementation, with what it takes to open them: for each suite "
+           "two\n"
+           " * with a connection ID (RFC 9146), one from each side, and two without. Whoever reads them must get the "
+           "text.\n"
            " * In those with a connection ID zeros stand behind text and inner type, up to a multiple of 16 bytes.\n"
            " * suite is OpenSSL's name; master, client_random and server_random are those of RFC 5246 section 8.1.\n"
            " * Written by tests/peers/vectors.c with %s; do not edit. */\n"
