@@ -1014,12 +1014,15 @@ class Built:
 
     built = pathlib.Path(ROOT, "tests/build/peers")
 
+    def lacks(self):
+        """Why it cannot be had; None: it can."""
+        if (self.built / self.source).is_dir():
+            return None
+        why = self.built / f"{self.source}.why"
+        return why.read_text().strip() if why.exists() else "tests/peers/build.sh tests/build/peers would build it"
+
     def compile(self):
         folder = self.built / self.source
-        why = self.built / f"{self.source}.why"
-        if not folder.is_dir():
-            raise Skip(why.read_text().strip() if why.exists() else
-                       f"{self.source} with connection IDs is not built: tests/peers/build.sh tests/build/peers does it")
         self.flags = f"-I{folder}/include", *(folder / "flags").read_text().split()
         self.libraries = f"{folder}/{self.source}.a",
         super().compile()
@@ -1059,7 +1062,18 @@ class BuiltWolfSSL(Built, WolfSSL):
               CHACHA: "ECDHE-ECDSA-CHACHA20-POLY1305", CCM8: "PSK-AES128-CCM-8"}
 
 
-WITH_CID = BuiltMbedTLS(), BuiltWolfSSL()
+def all_built(*peers):
+    """Those of them. Of the others one test tells why they are not there, in place of all."""
+    for peer in peers:
+        if peer.lacks():
+            def roaming(t, peer=peer):
+                raise Skip(peer.lacks())
+            roaming.__name__ = f"{peer.name}_roaming"
+            test(roaming)
+    return tuple(peer for peer in peers if not peer.lacks())
+
+
+WITH_CID = all_built(BuiltMbedTLS(), BuiltWolfSSL())
 MOVES = 2
 CID_MAX = 20
 SMALL_LINK = 256
@@ -1206,6 +1220,22 @@ def roaming_client_of_a_server_with_a_small_mtu(t, peer):
     check(largest <= SMALL_LINK - IP_UDP_BYTES, f"a datagram of {largest} bytes")
 
 
+@with_each(*WITH_CID)
+def roaming_client_in_the_place_of_another(t, peer):
+    """That has ended without a word; from its address, and with connection IDs of its own."""
+    server = t.server()
+    relay = t.relay(server, one_port=True)
+    former = peer.client(t, relay, "cid=4")
+    former.ask("ping", "pong")
+    former.kill()
+    client = peer.client(t, relay, "cid=5")
+    client.says(peer.cids(5, 8))
+    addr = server.connected(nth=2)["addr"]
+    server.err.wait_line(f"{addr} closed: replaced by a new association from the same address")
+    client.ask("whoami", addr)
+    leaves(client, server, addr)
+
+
 def goes_on(client, nth):
     """Our client from another port; the port."""
     client.send_signal(signal.SIGUSR1)
@@ -1274,6 +1304,26 @@ def roaming_server_and_sizes(t, peer):
         text = text_of(size).upper()
         client.ask(text, *peer.echo(text))
     client.ends()
+
+
+@with_each(*WITH_CID)
+def roaming_server_that_was_started_again(t, peer):
+    """Our client asks by another handshake, and goes on with new connection IDs."""
+    server = peer.server(t, "cid=8")
+    client = our_client(t, server, "--cid", "4", "--unanswered", "1")
+    followed(client, server)
+    server.kill()
+    server = Foreign(t, f"{peer.name} server", server.argv[4:])
+    server.says(peer.ready)
+    client.send("are you there")
+    client.err.wait(" renewed: ")
+    server.says(peer.cids(8, 4))
+    client.ask("hello", "hello")
+    port = goes_on(client, client.err.count(" goes on from ") + 1)
+    client.ask("again", "again")
+    server.says(f"moved: {port}\n")
+    client.close_stdin()
+    client.exits(1)  # since a line was lost
 
 
 @with_each(*WITH_CID, slow=True)
