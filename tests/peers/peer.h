@@ -64,7 +64,7 @@ static bool session_write(const char *data, size_t len);
 static bool session_cids(int *in, int *out); /* bytes of the connection IDs in records; false: none were agreed upon */
 static void session_follow(void);            /* from now on datagrams go through link_receive() and link_send() */
 static int session_max(void);                /* bytes in the largest message that it sends */
-static void session_close(void); /* close_notify, and forget it: but for what a client needs to resume */
+static void session_close(void);             /* close_notify, and forget it: but for what a client needs to resume */
 
 static void say(const char *format, ...)
 #ifdef __GNUC__
