@@ -46,7 +46,8 @@ def names_in_c(program):
         return [name for _, name in re.findall(rf"= \{{{STRING}, {STRING}", TABLE.search(text)[1])]
     if program == "simulate":  # what is counted is no part of the name
         return [re.sub(r"%\w+|\\n", "", name).strip() for name in re.findall(r'"ok - simulate (.*?)"', text)]
-    return re.findall(rf"^\s*\{{{STRING}", TABLE.search(text)[1], re.M)
+    alone = re.findall(rf"test_begin\({STRING}\)", text)
+    return re.findall(rf"^\s*\{{{STRING}", TABLE.search(text)[1], re.M) + alone
 
 
 class Tests(dict):

@@ -725,28 +725,30 @@ static void test_offers(void)
 
 int main(int argc, char **argv)
 {
-    static const struct test tests[] = {{"new port", test_new_port},
-                                        {"new network", test_new_network},
-                                        {"first message", test_first_message},
-                                        {"replays", test_replays},
-                                        {"race", test_race},
-                                        {"three times", test_three_times},
-                                        {"proof", test_proof},
-                                        {"swap", test_swap},
-                                        {"newcomer", test_newcomer},
-                                        {"quotas", test_quotas},
-                                        {"trials", test_trials},
-                                        {"in a handshake", test_in_handshake},
-                                        {"form", test_form},
-                                        {"offers", test_offers},
-                                        {"prefix", test_prefix},
-                                        {"short ids", test_short_ids},
-                                        {"resumption", test_resumption},
-                                        {"callbacks", test_callbacks},
-                                        {"kept", test_kept},
-                                        {"stragglers", test_stragglers},
-                                        {"strange ids", test_strange_ids},
-                                        {NULL, NULL}};
+    static const struct test tests[] = {
+        {"new port", test_new_port},
+        {"new network", test_new_network},
+        {"first message", test_first_message},
+        {"replays", test_replays},
+        {"race", test_race},
+        {"three times", test_three_times},
+        {"proof", test_proof},
+        {"swap", test_swap},
+        {"newcomer", test_newcomer},
+        {"quotas", test_quotas},
+        {"trials", test_trials},
+        {"in a handshake", test_in_handshake},
+        {"form", test_form},
+        {"offers", test_offers},
+        {"prefix", test_prefix},
+        {"short ids", test_short_ids},
+        {"resumption", test_resumption},
+        {"callbacks", test_callbacks},
+        {"kept", test_kept},
+        {"stragglers", test_stragglers},
+        {"strange ids", test_strange_ids},
+        {NULL, NULL},
+    };
     tests_begin("moves", argc, argv);
     virtual_chance();
     virtual_identities();

@@ -133,6 +133,16 @@ static bool session_write(const char *data, size_t len)
     return SSL_write(ssl, data, (int)len) == (int)len || failed("write");
 }
 
+/* libssl has no connection IDs, so it follows nobody. */
+
+static bool session_cids(int *in, int *out)
+{
+    *in = *out = 0;
+    return false;
+}
+
+static void session_follow(void) {}
+
 static int session_max(void)
 {
     return MESSAGE_MAX;

@@ -113,7 +113,7 @@ static void link_choose_cid(const struct options *options)
 }
 
 /* A datagram of the client, or -1 with errno EAGAIN. Does not wait. */
-static int link_receive(unsigned char *data, size_t size)
+static inline int link_receive(unsigned char *data, size_t size)
 {
     for (;;) {
         socklen_t len = sizeof link_.from;
@@ -125,7 +125,7 @@ static int link_receive(unsigned char *data, size_t size)
     }
 }
 
-static int link_send(const unsigned char *data, size_t len)
+static inline int link_send(const unsigned char *data, size_t len)
 {
     return (int)sendto(link_.fd, data, len, 0, (struct sockaddr *)&link_.peer, sizeof link_.peer);
 }
