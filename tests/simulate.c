@@ -58,6 +58,7 @@ enum {
     LIFE_MS = 60000,    /* clients come and go for so long, */
     HEALED_MS = 40000,  /* then the network is good: a handshake's deadline and a bit */
     EMPTY_MS = 60000,   /* then they are gone: deadlines and idle timeouts pass */
+    IDLE_MS = 15000,    /* a client's idle timeout */
     SPIN_MAX = 1000,    /* turns of the loop without a step of time */
     WARM_UP_WORLDS = 3, /* by then OpenSSL has made what it keeps */
     /* but for a decoder for each kind of key that it is shown, as damaged certificates have: so many worlds may add one */
@@ -104,6 +105,7 @@ struct client {
     int ready;       /* and the server is done with it */
     int excused;     /* what the server knows of it may be lost: it moved in a handshake, or another has its address */
     int moved_early; /* times, in its first handshake */
+    int unknown;     /* the server could not know whose the last messages were */
     int copied;      /* the last that it sent was, and the copy comes first */
     int64_t copied_at;
     int64_t due[MESSAGES_MAX];
@@ -161,6 +163,7 @@ struct world {
     dtls_timer *mean_timer;
     struct served *served; /* where clients move: all */
     int strict;            /* the network is good, and clients move */
+    int64_t strict_since;
     int copying;           /* percent */
     int server_cid;
     dtls_timer *nat_timer;
@@ -465,6 +468,7 @@ static void expect_answers(const struct client *c)
 static void expect_answer(struct client *c, int number)
 {
     const struct served *s = served_of(c);
+    c->unknown |= s && !is_findable(c, s);
     if (!w->strict || now_us - c->copied_at < OVERTAKE_MS * 1000 || c->shaking || !c->ready || c->excused || c->copied || !s || !is_findable(c, s))
         return;
     c->due[number] = now_us;
@@ -486,6 +490,11 @@ static dtls_addr copyist(const struct client *victim)
     default:
         return addr;
     }
+}
+
+static int copies_now(void)
+{
+    return w->copying && (!w->healed || w->strict);
 }
 
 static void copy(const struct datagram *d, int64_t after)
@@ -599,7 +608,7 @@ static int moving_send(int from_server, const unsigned char *data, size_t len, c
     if (now_us < w->cut_until || percent(w->loss))
         return 0;
     for (int copies = 1 + percent(w->twice); copies > 0; copies--) {
-        int copied = c && !is_hello(data, len) && percent(w->copying);
+        int copied = c && !is_hello(data, len) && copies_now() && percent(w->copying);
         int64_t after = delay() + (copied && percent(20) ? dice(300000) : 0);
         struct datagram *d = fly(data, len, &seen, to, after);
         if (c) {
@@ -701,7 +710,7 @@ static void nat_turn(void *user)
     struct client *c = &w->clients[dice((uint32_t)w->clients_len)], *other = &w->clients[dice((uint32_t)w->clients_len)];
     if ((!w->healed || w->strict) && c->behind_nat)
         nat_change(c, other->behind_nat ? other : c);
-    if (w->copying && percent(30))
+    if (copies_now() && percent(30))
         copy_old();
     dtls_timer_set(w->nat_timer, 1 + dice(NAT_MS));
 }
@@ -764,7 +773,7 @@ static void served_tells(struct served *s)
         int r = dtls_conn_send(s->conn, buf, m.len);
         sum.limited += r == DTLS_ERR_AGAIN;
         c->extras += r == 0;
-        if (r != 0 && (r != DTLS_ERR_AGAIN || s->at.proven))
+        if (r != 0 && (r != DTLS_ERR_AGAIN || (s->at.proven && s->cid_in < 0)))
             broken("a message was refused: %s", dtls_strerror(r));
     }
 }
@@ -782,7 +791,7 @@ static void served_ends(struct served *s, dtls_reason reason)
         sum.taken++;
         c->excused |= live;
     } else if (live && reason != DTLS_CLOSE_REPLACED && !(reason == DTLS_CLOSE_LOCAL && w->muted) &&
-               !(reason == DTLS_CLOSE_IDLE && (c->excused || !w->strict || !is_findable(c, s)))) {
+               !(reason == DTLS_CLOSE_IDLE && (c->excused || c->unknown || !w->strict))) {
         broken("the connection of client %u was closed: %s", s->client, dtls_conn_reason_text(s->conn));
     }
 }
@@ -922,7 +931,7 @@ static void client_connect(struct client *c)
     c->trouble = now_us < w->cut_until;
     c->open = c->sent = c->damaged = 0;
     c->offered = t.session && c->server == sum.restarts && !c->given_up && !moving;
-    c->excused = c->moved_early = 0;
+    c->excused = c->unknown = c->moved_early = 0;
     c->extras = 0;
     memset(c->seen_extras, 0, sizeof c->seen_extras);
     expect_nothing(c);
@@ -1018,12 +1027,11 @@ static void client_failed(struct client *c, dtls_reason reason, const char *text
 /* No move ends a connection, but where it cannot be known any more. */
 static void client_closed(struct client *c, dtls_reason reason, const char *text)
 {
-    const struct served *s = served_of(c);
     expect_answers(c);
     expect_nothing(c);
     if (c->open && reason != DTLS_CLOSE_LOCAL && reason != DTLS_CLOSE_IDLE)
         broken("the connection of client %u was closed: %s", client_number(c), text);
-    if (c->open && w->strict && reason == DTLS_CLOSE_IDLE && !c->excused && s && is_findable(c, s))
+    if (c->open && w->strict && now_us - w->strict_since > IDLE_MS * (int64_t)1000 && reason == DTLS_CLOSE_IDLE && !c->excused && !c->unknown)
         broken("client %u got no answers: %s", client_number(c), text);
 }
 
@@ -1051,6 +1059,7 @@ static void client_event(dtls_conn *conn, dtls_event event, const void *data, si
         if (m.port == 0)
             return;
         c->due[m.number] = 0;
+        c->unknown = 0;
         c->answered_at = now_us;
     } else if (event == DTLS_EV_CLOSED) {
         dtls_reason reason = dtls_conn_reason(conn);
@@ -1145,7 +1154,7 @@ static void moves_begin(void)
 
 static void moves_go(void)
 {
-    dtls_config cfg = {.on_event = client_event, .on_ssl_ctx = on_client_ctx, .idle_timeout_ms = 15000};
+    dtls_config cfg = {.on_event = client_event, .on_ssl_ctx = on_client_ctx, .idle_timeout_ms = IDLE_MS};
     cfg.unanswered_ms = w->unanswered_ms;
     for (int i = 0; i < w->clients_len; i++) {
         struct client *c = &w->clients[i];
@@ -1178,7 +1187,7 @@ static void world_begin(int loss)
     server_start();
     w->clients_ep =
         endpoint(&client_id,
-                 (dtls_config){.on_event = client_event, .idle_timeout_ms = 15000, .unanswered_ms = w->unanswered_ms});
+                 (dtls_config){.on_event = client_event, .idle_timeout_ms = IDLE_MS, .unanswered_ms = w->unanswered_ms});
     if (w->max_handshakes) {
         w->mean = endpoint(&client_id, (dtls_config){.on_event = mean_event});
         w->mean_timer = dtls_timer_new(w->loop, mean_turn, NULL);
@@ -1228,6 +1237,7 @@ static void world_move(void)
 {
     w->strict = 1;
     w->leave = 3;
+    w->strict_since = now_us;
     advance(now_us + MOVES_MS * (int64_t)1000);
     for (int i = 0; i < w->clients_len; i++)
         expect_answers(&w->clients[i]);
