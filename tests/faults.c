@@ -1288,21 +1288,29 @@ static const struct known {
     const char *site, *reason;  /* the file that asked for memory; a part of what went wrong */
     unsigned long from, before; /* versions, 0x300: 3.0 */
     const char *why;
-    const char *frame; /* in the sanitizer's report of a crash; NULL: whatever that says */
+    const char *frame;    /* in the sanitizer's report of a crash; NULL: whatever that says */
+    const char *scenario; /* NULL: any */
 } known[] = {
+    {"crypto/", "it crashes", 0x300, 0x301,
+     "a library context that could not be set up at OpenSSL's first use is used all the same: RAND_bytes(), the first "
+     "call that needs it, reads a lock that is not there",
+     NULL, "first"},
     {"crypto/core_namemap.c", "", 0x300, 0x301,
      "namemap_name2num_n() takes no memory for no such name, so that the name gets a second number, for the whole "
-     "process, and what has the first one is not found any more"},
+     "process, and what has the first one is not found any more",
+     NULL, NULL},
     {"crypto/bn/bn_ctx.c", "bad certificate", 0x300, 0x301,
-     "EC_GROUP_check_named_curve() takes no memory for a curve without a name, which no certificate may have"},
+     "EC_GROUP_check_named_curve() takes no memory for a curve without a name, which no certificate may have", NULL,
+     NULL},
     {"crypto/lhash/lhash.c", "it hangs", 0x300, 0x301,
      "SSL_CTX_add_session() without memory lists a session that it does not own, and SSL_CTX_free() never gets past "
-     "it"},
-    {"crypto/lhash/lhash.c", "it crashes", 0x300, 0x301, "the same, found out sooner"},
+     "it",
+     NULL, NULL},
+    {"crypto/lhash/lhash.c", "it crashes", 0x300, 0x301, "the same, found out sooner", NULL, NULL},
     {"", "it crashes", 0x302, 0x401,
      "a handshake that fails between the ChangeCipherSpec and its keys has the old keys in its record layer and with "
      "the message sent, and SSL_free() frees them twice: RECORD_LAYER_clear(), dtls1_clear_sent_buffer()",
-     " in SSL_free "},
+     " in SSL_free ", NULL},
 };
 enum { KNOWN = sizeof known / sizeof *known };
 
@@ -1318,12 +1326,12 @@ static bool complaints_have(const char *words)
     return found;
 }
 
-static const struct known *known_find(const struct outcome *o)
+static const struct known *known_find(const struct scenario *scenario, const struct outcome *o)
 {
     unsigned long version = (unsigned long)OpenSSL_version_num() >> 20;
     for (const struct known *k = known; k < known + KNOWN; k++)
         if (version >= k->from && version < k->before && strstr(o->site, k->site) && strstr(o->reason, k->reason) &&
-            (!k->frame || complaints_have(k->frame)))
+            (!k->scenario || strcmp(k->scenario, scenario->name) == 0) && (!k->frame || complaints_have(k->frame)))
             return k;
     return NULL;
 }
@@ -1334,7 +1342,7 @@ static void block_child(const struct scenario *s, struct fault f, long step, int
         outcome = &shared->runs[shared->began++];
         alarm(RUN_S);
         run(s, &f);
-        if (!outcome->fired || known_find(outcome)) /* the rest of a process is not what it was after those */
+        if (!outcome->fired || known_find(s, outcome)) /* the rest of a process is not what it was after those */
             break;
     }
     if (!s->cold)
@@ -1392,7 +1400,7 @@ static struct {
 
 static void judge(const struct scenario *s, const struct fault *f, const struct outcome *o)
 {
-    const struct known *k = *o->reason ? known_find(o) : NULL;
+    const struct known *k = *o->reason ? known_find(s, o) : NULL;
     sum.runs += o->fired;
     if (k) {
         sum.known[k - known]++;
