@@ -474,6 +474,60 @@ static void test_form(void)
     }
 }
 
+/* Extensions that are not as they should be, from a client that writes them itself. */
+
+static struct {
+    unsigned type;
+    unsigned char data[256];
+    size_t len;
+} extension;
+
+static int put_extension(SSL *ssl, unsigned type, unsigned context, const unsigned char **out, size_t *len, X509 *cert,
+                         size_t chain, int *alert, void *user)
+{
+    (void)ssl, (void)type, (void)context, (void)cert, (void)chain, (void)alert, (void)user;
+    *out = extension.data;
+    *len = extension.len;
+    return 1;
+}
+
+static int with_extension(SSL_CTX *ctx)
+{
+    return SSL_CTX_add_custom_ext(ctx, extension.type, SSL_EXT_CLIENT_HELLO | SSL_EXT_TLS1_2_SERVER_HELLO,
+                                  put_extension, NULL, NULL, NULL, NULL) != 1;
+}
+
+static void test_odd_extensions(void)
+{
+    static const struct {
+        const char *what;
+        unsigned type;
+        size_t len;
+        unsigned char first;
+        int in, out; /* what the server has then; -2: no connection */
+    } tries[] = {
+        {"an ID without its length", 54, 0, 0, -2, -2}, {"an ID that is shorter than its length", 54, 4, 4, -2, -2},
+        {"an ID that is longer", 54, 4, 2, -2, -2},     {"an empty ID with something behind it", 54, 2, 0, -2, -2},
+        {"RRC without an ID", 61, 0, 0, -1, -1},        {"RRC with data", 61, 1, 0, -2, -2}};
+    for (size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
+        dtls_info info;
+        extension.type = tries[i].type;
+        extension.len = tries[i].len;
+        extension.data[0] = tries[i].first;
+        server.ciphers = client.ciphers = NULL;
+        client.hook = with_extension;
+        world((dtls_config){.handshake_timeout_ms = 2000},
+              (dtls_config){.cid_bytes = DTLS_NEVER, .handshake_timeout_ms = 2000}, 0);
+        bool open = connect_one(&clients[0], NULL);
+        CHECK_THAT(open == (tries[i].in != -2), "%s: %s", tries[i].what, open ? "connected" : client.reason_text);
+        if (open) {
+            dtls_conn_info(server.conn, &info);
+            CHECK(info.cid_in == tries[i].in && info.cid_out == tries[i].out && answered(&clients[0], "talks"));
+        }
+        stop();
+    }
+}
+
 /* A load balancer's number, and what is no good one. */
 static void test_prefix(void)
 {
@@ -740,6 +794,7 @@ int main(int argc, char **argv)
         {"in a handshake", test_in_handshake},
         {"form", test_form},
         {"offers", test_offers},
+        {"odd extensions", test_odd_extensions},
         {"prefix", test_prefix},
         {"short ids", test_short_ids},
         {"resumption", test_resumption},
