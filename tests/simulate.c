@@ -38,6 +38,7 @@ enum {
     MEAN_MS = 150,
     KEPT_MAX = 64,       /* datagrams that somebody copied, */
     HELLOS_MAX = 64,     /* and addresses that began a handshake of late */
+    PROVEN_MAX = 4,
     NAT_PORT = 30000,    /* and up: what a NAT gives */
     NAT_IPS = 3,
     NAT_MS = 1500,       /* between its changes, at most */
@@ -86,7 +87,7 @@ struct place {
     int64_t since;
     size_t in, out; /* bytes since it moved there */
     uint64_t sequence;
-    int proven, shared; /* shared: others send or get something there, too */
+    int proven, sure, shared; /* sure: by a second record. */ /* shared: others send or get something there, too */
     int asked;
 };
 
@@ -132,7 +133,8 @@ struct served {
     dtls_conn *conn;
     uint32_t client, life; /* where clients move: as the certificate says */
     struct place at;
-    dtls_addr proven; /* where it was before that, and that was */
+    dtls_addr proven[PROVEN_MAX]; /* where it was before that, and that may have been: the server may not have got to it */
+    uint32_t proven_len;
     unsigned moves;
     int cid_in, cid_out;
     int used;
@@ -425,6 +427,14 @@ static struct served *served_of(const struct client *c)
     return s;
 }
 
+static int was_proven(const struct served *s, const dtls_addr *addr)
+{
+    for (int i = 0; i < PROVEN_MAX; i++)
+        if (dtls_addr_equal(&s->proven[i], addr))
+            return 1;
+    return 0;
+}
+
 /* Whether what goes there may be for others than the one that comes there now, and from now on may be for it. */
 static int others_at(const struct served *own, const dtls_addr *addr)
 {
@@ -434,7 +444,7 @@ static int others_at(const struct served *own, const dtls_addr *addr)
         if (s == own)
             continue;
         s->at.shared |= there;
-        others |= there || dtls_addr_equal(&s->proven, addr);
+        others |= there || was_proven(s, addr);
     }
     if (others)
         return 1;
@@ -578,7 +588,7 @@ static void count_in(const struct datagram *d)
             p->proven = p->asked && !is_copyist(&d->from) &&
                         is_path_message(d->data, d->len, client_of(s)->suite, s->cid_in);
         else
-            p->proven = sequence > p->sequence;
+            p->proven = p->sure = sequence > p->sequence;
     }
 }
 
@@ -725,8 +735,8 @@ static void served_begins(struct served *s, dtls_conn *conn)
         broken("a connection of %s", info.peer_name);
     client_of(s)->ready = 1;
     s->life = client_of(s)->life;
-    s->at.addr = s->proven = info.peer;
-    s->at.proven = 1;
+    s->at.addr = info.peer;
+    s->at.proven = s->at.sure = 1;
     s->cid_in = info.cid_in;
     s->cid_out = info.cid_out;
     s->next = w->served;
@@ -743,10 +753,10 @@ static void served_moves(struct served *s, const dtls_addr *before)
         broken("a connection moved without a reason");
     if (w->arriving->client != s->client + 1 || w->arriving->life != s->life)
         broken("a connection of client %u moved, and client %d sent that", s->client, (int)w->arriving->client - 1);
-    int back = dtls_addr_equal(&info.peer, &s->proven) &&
+    int back = was_proven(s, &info.peer) &&
                (!s->at.proven || now_us - s->at.since < OLD_GOOD_MS * (int64_t)1000);
     if (s->at.proven)
-        s->proven = s->at.addr;
+        s->proven[s->proven_len++ % PROVEN_MAX] = s->at.addr;
     s->at = (struct place){.addr = info.peer,
                            .in = w->arriving->len,
                            .sequence = sequence_of(w->arriving->data),
@@ -773,7 +783,7 @@ static void served_tells(struct served *s)
         int r = dtls_conn_send(s->conn, buf, m.len);
         sum.limited += r == DTLS_ERR_AGAIN;
         c->extras += r == 0;
-        if (r != 0 && (r != DTLS_ERR_AGAIN || (s->at.proven && s->cid_in < 0)))
+        if (r != 0 && (r != DTLS_ERR_AGAIN || s->at.sure))
             broken("a message was refused: %s", dtls_strerror(r));
     }
 }
