@@ -37,7 +37,8 @@ enum {
     MEAN_MAX = 12, /* handshakes that the mean host has left */
     MEAN_MS = 150,
     KEPT_MAX = 64,       /* datagrams that somebody copied, */
-    HELLOS_MAX = 64,     /* and addresses that began a handshake of late */
+    HELLOS_MAX = 256,    /* and addresses that began a handshake of late: */
+    HELLO_MS = 31000,    /* until the server gives up on it */
     PROVEN_MAX = 4,
     NAT_PORT = 30000,    /* and up: what a NAT gives */
     NAT_IPS = 3,
@@ -136,6 +137,7 @@ struct served {
     dtls_addr proven[PROVEN_MAX]; /* where it was before that, and that may have been: the server may not have got to it */
     uint32_t proven_len;
     unsigned moves;
+    uint64_t newest;
     int cid_in, cid_out;
     int used;
     struct message first;
@@ -173,7 +175,11 @@ struct world {
     const struct datagram *arriving;
     struct datagram *kept[KEPT_MAX];
     uint32_t kept_len;
-    dtls_addr hellos[HELLOS_MAX];
+    struct hello {
+        dtls_addr addr;
+        const struct client *client;
+        int64_t at;
+    } hellos[HELLOS_MAX];
     uint32_t hellos_len;
     unsigned long moved; /* events of this server */
     unsigned char forged[2][FORGED_MAX]; /* a Certificate to a client, and one to the server */
@@ -427,6 +433,16 @@ static struct served *served_of(const struct client *c)
     return s;
 }
 
+/* Whether somebody other than that client began a handshake there, so that the server may still be busy with it. */
+static int hello_from(const dtls_addr *addr, const struct client *but)
+{
+    for (const struct hello *h = w->hellos; h < w->hellos + HELLOS_MAX; h++)
+        if (h->client && h->client != but && dtls_addr_equal(&h->addr, addr) &&
+            now_us - h->at < HELLO_MS * (int64_t)1000)
+            return 1;
+    return 0;
+}
+
 static int was_proven(const struct served *s, const dtls_addr *addr)
 {
     for (int i = 0; i < PROVEN_MAX; i++)
@@ -448,10 +464,7 @@ static int others_at(const struct served *own, const dtls_addr *addr)
     }
     if (others)
         return 1;
-    for (int i = 0; i < HELLOS_MAX; i++)
-        if (dtls_addr_equal(&w->hellos[i], addr))
-            return 1;
-    return 0;
+    return hello_from(addr, NULL);
 }
 
 /* Whether the server can know whose records these are: by their connection ID, by their nonces, or by where they are from. */
@@ -478,8 +491,9 @@ static void expect_answers(const struct client *c)
 static void expect_answer(struct client *c, int number)
 {
     const struct served *s = served_of(c);
-    c->unknown |= s && !is_findable(c, s);
-    if (!w->strict || now_us - c->copied_at < OVERTAKE_MS * 1000 || c->shaking || !c->ready || c->excused || c->copied || !s || !is_findable(c, s))
+    int unknown = s && (!is_findable(c, s) || (s->cid_in <= 0 && hello_from(&c->shown, c)));
+    c->unknown |= unknown;
+    if (!w->strict || now_us - c->copied_at < OVERTAKE_MS * 1000 || c->shaking || !c->ready || c->excused || c->copied || !s || unknown)
         return;
     c->due[number] = now_us;
     sum.expected++;
@@ -612,7 +626,7 @@ static int moving_send(int from_server, const unsigned char *data, size_t len, c
             c->shaking = 1;
             c->ready = 0;
             expect_nothing(c);
-            w->hellos[w->hellos_len++ % HELLOS_MAX] = seen;
+            w->hellos[w->hellos_len++ % HELLOS_MAX] = (struct hello){seen, c, now_us};
         }
     }
     if (now_us < w->cut_until || percent(w->loss))
@@ -768,6 +782,17 @@ static void served_moves(struct served *s, const dtls_addr *before)
     sum.unproven += !back && !s->at.shared;
 }
 
+/* A message came. If it is the newest, its client is there, and only there, from now on; what asks whether it is somewhere
+ * has numbers, too. */
+static void served_hears(struct served *s, const dtls_addr *peer)
+{
+    uint64_t sequence = w->arriving ? sequence_of(w->arriving->data) : 0;
+    if (s->cid_in < 0 && sequence > s->newest && !dtls_addr_equal(peer, &w->arriving->from))
+        broken("the newest message of client %u came from elsewhere", s->client);
+    if (sequence > s->newest)
+        s->newest = sequence;
+}
+
 /* It says more than it is asked. */
 static void served_tells(struct served *s)
 {
@@ -797,10 +822,12 @@ static void served_ends(struct served *s, dtls_reason reason)
     while (*at != s)
         at = &(*at)->next;
     *at = s->next;
-    if (reason == DTLS_CLOSE_REPLACED && w->arriving && w->arriving->client != s->client + 1) {
+    if (live && reason == DTLS_CLOSE_REPLACED) {
+        if (s->moves > 0 || !hello_from(&s->at.addr, c))
+            broken("the connection of client %u was replaced by nobody's", s->client);
         sum.taken++;
-        c->excused |= live;
-    } else if (live && reason != DTLS_CLOSE_REPLACED && !(reason == DTLS_CLOSE_LOCAL && w->muted) &&
+        c->excused = 1;
+    } else if (live && !(reason == DTLS_CLOSE_LOCAL && w->muted) &&
                !(reason == DTLS_CLOSE_IDLE && (c->excused || c->unknown || !w->strict))) {
         broken("the connection of client %u was closed: %s", s->client, dtls_conn_reason_text(s->conn));
     }
@@ -843,6 +870,8 @@ static void server_event(dtls_conn *conn, dtls_event event, const void *data, si
             m.client != s->first.client || m.life != s->first.life)
             broken("client %u life %u got into the connection of client %u life %u", m.client, m.life, s->first.client,
                    s->first.life);
+        if (moving)
+            served_hears(s, &info.peer);
         once(s->seen, &m);
         dtls_conn_send(conn, data, len);
         if (moving)
