@@ -564,6 +564,70 @@ static void test_prefix(void)
     dtls_loop_free(loop);
 }
 
+/* ---- nonces ---- */
+
+enum { NONCES_MAX = 4000 };
+
+static struct nonce {
+    int to_server;
+    unsigned char key[2 + 8]; /* which association, and the nonce */
+} nonces[NONCES_MAX];
+static int nonces_len, nonces_again, association;
+
+/* Each protected record that leaves: under one key no nonce comes twice, whatever the record's form. */
+static void note_nonces(struct side *s)
+{
+    const struct datagram *d = &wire[wire_len - 1];
+    (void)s;
+    for (size_t at = 0, size; at + 13 < d->len; at += size) {
+        const unsigned char *p = d->data + at;
+        int to_server = dtls_addr_equal(&d->to, &server_addr);
+        size_t header = p[0] == WITH_CID ? 13 + (to_server ? CID_BYTES : 4) : 13;
+        size = header + (size_t)(p[header - 2] << 8 | p[header - 1]);
+        if (p[4] == 0 || nonces_len == NONCES_MAX)
+            continue;
+        struct nonce n = {.to_server = to_server, .key = {(unsigned char)association}};
+        memcpy(n.key + 2, p + header, 8);
+        for (int i = 0; i < nonces_len; i++)
+            nonces_again += memcmp(&nonces[i], &n, sizeof n) == 0;
+        nonces[nonces_len++] = n;
+    }
+}
+
+static void test_nonces(void)
+{
+    uint32_t chance = 7;
+    server.ciphers = client.ciphers = suites[0];
+    nonces_len = nonces_again = association = 0;
+    world((dtls_config){.retransmit_ms = 20}, (dtls_config){.cid_bytes = 4, .retransmit_ms = 20}, 0);
+    inside_send = note_nonces;
+    server.echo = 1;
+    for (int round = 0; round < 6; round++, association++) {
+        drops_next = round % 3; /* its flights are sent again */
+        REQUIRE(connect_one(&clients[0], NULL), "connection %d", round);
+        for (int i = 0; i < 80 && clients[0].conn; i++) {
+            chance = chance * 1103515245u + 12345u;
+            send_refuses = (chance >> 16) % 5 == 0;
+            dtls_conn_send(clients[0].conn, "text", 1 + (chance >> 20) % 4);
+            dtls_conn_send(server.conn, "other", 1 + (chance >> 22) % 5);
+            send_refuses = 0;
+            drops_next = (chance >> 24) % 4 == 0;
+            if ((chance >> 26) % 4 == 0)
+                clients[0].seen.port = (uint16_t)(7000 + (chance >> 28));
+            if (kept_len > 3 && (chance >> 12) % 3 == 0)
+                copied(&kept[(chance >> 8) % 3], &elsewhere);
+            turn();
+        }
+        dtls_conn_close(clients[0].conn);
+        settle();
+        clients[0].seen = clients[0].own;
+    }
+    CHECK_THAT(nonces_len > 1000 && nonces_again == 0, "of %d records none has another's nonce: %d have", nonces_len,
+               nonces_again);
+    CHECK_THAT(server.moved > 50, "with %d moves", server.moved);
+    stop();
+}
+
 /* Short IDs run out; who gets none has a connection all the same. */
 static void test_short_ids(void)
 {
@@ -796,6 +860,7 @@ int main(int argc, char **argv)
         {"offers", test_offers},
         {"odd extensions", test_odd_extensions},
         {"prefix", test_prefix},
+        {"nonces", test_nonces},
         {"short ids", test_short_ids},
         {"resumption", test_resumption},
         {"callbacks", test_callbacks},
