@@ -2836,6 +2836,7 @@ enum {
     KIND_MS = 10000,     /* and the number of the others, once in this time */
     WALKS_MAX = 64,
     WALK_STEP = 16,     /* connections, before others have their turn */
+    SAME_MAX = 4,       /* open associations at one address that are looked at */
     CID_BYTES = 8,      /* of a server's connection ID */
     UNPROVEN_FACTOR = 3 /* so much may be sent of what came from an unproven address: RFC 9146 section 6 */
 };
@@ -3707,7 +3708,7 @@ static void assoc_unlist(struct association *a)
     a->listed = false;
 }
 
-/* The open one at the same addresses, beside one in its handshake. */
+/* The first open one of those at the same addresses, from this one on. */
 static struct association *assoc_open_same(struct association *a)
 {
     while (a && a->handshake)
@@ -3715,21 +3716,32 @@ static struct association *assoc_open_same(struct association *a)
     return a;
 }
 
-/* The one whose place it takes when it opens. Not one that moved there: who copies a record could bring that about. */
-static struct association *assoc_predecessor(const struct association *a)
+/* The one whose place a new one takes, from this one on. Not one that moved there: who copies a record could bring that
+ * about. */
+static struct association *assoc_native(struct association *a)
 {
-    struct association *old = assoc_open_same(assoc_next_same(a));
-    return old && !old->roamed ? old : NULL;
+    a = assoc_open_same(a);
+    while (a && a->roamed)
+        a = assoc_open_same(assoc_next_same(a));
+    return a;
 }
 
-/* An open one comes to its address: whoever is open there has to be found in another way from now on, and one in its
- * handshake stays in front. */
+static struct association *assoc_predecessor(const struct association *a)
+{
+    return assoc_native(assoc_next_same(a));
+}
+
+/* One that moved comes to its address. Whoever is there stays, also where that is only somebody's claim; but of too many the
+ * last one has to be found in another way. One in its handshake stays in front. */
 static void assoc_place(struct association *a)
 {
-    struct association *first = assoc_find(a->ep, &a->peer, &a->local), *open = assoc_open_same(first);
     assoc_unlist(a);
-    if (open)
-        assoc_unlist(open);
+    struct association *first = assoc_find(a->ep, &a->peer, &a->local), *last = assoc_open_same(first);
+    int there = 0;
+    for (struct association *t = last; t; t = assoc_open_same(assoc_next_same(t)))
+        there++;
+    if (there >= SAME_MAX)
+        assoc_unlist(last);
     assoc_list(a);
     if (first && first->handshake) {
         assoc_unlist(first);
@@ -5574,11 +5586,9 @@ static void hs_open(struct association *a)
         return;
     }
     /* The callbacks in here may end it; until it is open the application does not know it. */
-    struct association *old = assoc_predecessor(a), *other = assoc_open_same(assoc_next_same(a));
+    struct association *old = assoc_predecessor(a);
     if (old && old->conn != c) /* RFC 6347 section 4.2.8 */
         hs_give_way(old);
-    else if (other && other->conn != c)
-        assoc_unlist(other);
     if (a->phase && c->dial && c->dial->warning[0])
         assoc_log(a, DTLS_LOG_WARNING, "not verified: %s", c->dial->warning);
     if (a->phase)
@@ -7047,7 +7057,7 @@ static bool ep_admit(struct association *a, const struct record *hello, struct a
 {
     dtls_endpoint *ep = a->ep;
     struct source *s = source_of(ep, &a->peer);
-    bool replaces = old && !old->handshake && !old->roamed;
+    bool replaces = old && !old->handshake && assoc_native(old);
     int64_t since = old && old->handshake ? old->used_at : INT64_MAX;
     if (!s)
         return false;
@@ -7139,19 +7149,20 @@ static void ep_pass(struct association *a, const struct path *from, const uint8_
     a->from = NULL;
 }
 
-/* Where there are two, each takes what it has the keys for. The open one comes first: somebody may have started the other
- * in its peer's name. False: there is only the open one, and nothing was for it. */
+/* Where there are several, each takes what it has the keys for. Open ones come first: somebody may have started the other in
+ * its peer's name. False: there are only open ones, and nothing was for them. */
 static bool ep_give(struct association *a, const uint8_t *p, size_t n)
 {
-    struct association *open = assoc_open_same(a);
-    if (open) {
+    for (struct association *open = assoc_open_same(a), *next; open; open = next) {
+        next = assoc_open_same(assoc_next_same(open));
         open->authentic = false;
         assoc_input(open, p, n);
+        if (open->authentic || !open->phase)
+            return true;
     }
-    if (open && (open->authentic || open == a))
-        return open->authentic || !open->phase;
-    assoc_input(a, p, n);
-    return true;
+    if (a->handshake)
+        assoc_input(a, p, n);
+    return a->handshake != NULL;
 }
 
 /* Peers that come from another address. */

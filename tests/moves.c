@@ -391,6 +391,78 @@ static void test_newcomer(void)
     }
 }
 
+/* The client says that, but it does not arrive: a copy does, from there. */
+static void copy_instead(struct client *c, const dtls_addr *from)
+{
+    holds = 1;
+    CHECK(dtls_conn_send(c->conn, "copied", 6) == 0);
+    turn();
+    holds = 0;
+    copied(&kept[0], from);
+}
+
+/* Whose address somebody was moved to is found there all the same, and so is that one at home. */
+static void test_displaced(void)
+{
+    for (int suite = 0; suite <= SUITE_CHACHA; suite += SUITE_CHACHA) {
+        for (int with_id = 0; with_id < 2; with_id++) {
+            world_of(suite, &ids[with_id ? 2 : 0], 2);
+            CHECK(answered(&clients[0], "before") && answered(&clients[1], "before"));
+            for (int i = 0; i < 3; i++) {
+                copy_instead(&clients[0], &clients[1].own);
+                CHECK(at(&clients[1].own) == 2);
+                CHECK_THAT(answered_soon(&clients[1], "mine") && answered_soon(&clients[1], "again"),
+                           "%s, %s: the one who was there", suites[suite], with_id ? "connection ID" : "none");
+                CHECK(answered_soon(&clients[0], "home") && at(&clients[1].own) == 1 && at(&clients[0].own) == 1);
+            }
+            CHECK(server.closed == 0 && counted().conns == 2);
+            stop();
+        }
+    }
+}
+
+/* Somebody moves to where a handshake is going on, which then takes no place from him. */
+static void test_moved_into_a_handshake(void)
+{
+    for (int with_id = 0; with_id < 2; with_id++) {
+        world_of(0, &ids[with_id ? 2 : 0], 1);
+        CHECK(answered(&clients[0], "before"));
+        dtls_target t = {.peer = server_addr, .local = clients[1].own, .name = "localhost"};
+        clients[1].conn = dtls_endpoint_connect(client.ep, &t, &connect_error);
+        for (int i = 0; i < 3; i++) /* the server has its ClientHello with the cookie */
+            turn();
+        CHECK(counted().handshakes == 1);
+        if (with_id) { /* without one a datagram from there is the handshake's */
+            copy_instead(&clients[0], &clients[1].own);
+            CHECK(at(&clients[1].own) == 1);
+        }
+        CHECK_THAT(wait_for(&client.connected, 2) && wait_for(&server.connected, 2) && server.closed == 0,
+                   "%s: the handshake goes on", with_id ? "connection ID" : "none");
+        CHECK(answered_soon(&clients[1], "new") && answered_soon(&clients[0], "old") &&
+              answered_soon(&clients[1], "new"));
+        CHECK(counted().conns == 2 && at(&clients[0].own) == 1 && at(&clients[1].own) == 1);
+        stop();
+    }
+}
+
+/* Neither the old address nor the new one answers: they are asked four times in all, and again behind the next record. */
+static void test_unanswered_questions(void)
+{
+    world_of(0, &ids[2], 1);
+    CHECK(answered(&clients[0], "before"));
+    copy_instead(&clients[0], &elsewhere);
+    clients[0].seen = address("192.0.2.99:9");
+    wait_seconds(5);
+    size_t asked = bytes_elsewhere;
+    CHECK_THAT(asked > 0 && asked <= 3 * kept[0].len && server.moved == 1, "%zu bytes ask an address that sent %zu",
+               asked, kept[0].len);
+    wait_seconds(20);
+    CHECK(bytes_elsewhere == asked && server.closed == 0);
+    clients[0].seen = clients[0].own;
+    CHECK_THAT(answered(&clients[0], "back") && server.moved == 2, "it comes back whenever it likes");
+    stop();
+}
+
 /* Places are counted where a client is, and there is none for one more. */
 static void test_quotas(void)
 {
@@ -853,6 +925,9 @@ int main(int argc, char **argv)
         {"proof", test_proof},
         {"swap", test_swap},
         {"newcomer", test_newcomer},
+        {"displaced", test_displaced},
+        {"moved into a handshake", test_moved_into_a_handshake},
+        {"unanswered questions", test_unanswered_questions},
         {"quotas", test_quotas},
         {"trials", test_trials},
         {"in a handshake", test_in_handshake},
