@@ -128,9 +128,9 @@ class Network(Relay):
         super().__init__(*arguments, **more)
 
     @classmethod
-    def make_socket(cls):
+    def make_socket(cls, host="127.0.0.1"):
         while True:
-            sock = Relay.make_socket()
+            sock = Relay.make_socket(host)
             port = sock.getsockname()[1]
             if port not in cls.ports:
                 cls.ports.add(port)
