@@ -78,7 +78,7 @@ struct datagram {
     dtls_addr from, to;
     size_t len;
     unsigned char *data;
-    int damaged, lost;
+    int damaged, lost, copy;
     uint32_t client, life; /* whose it is, client number and 1; 0: the server's */
 };
 
@@ -137,7 +137,10 @@ struct served {
     dtls_addr proven[PROVEN_MAX]; /* where it was before that, and that may have been: the server may not have got to it */
     uint32_t proven_len;
     unsigned moves;
-    uint64_t newest;
+    uint64_t newest;          /* of its messages */
+    dtls_addr home;           /* where it was proven to be, before a copy moved it, */
+    uint64_t home_sequence;   /* with that number; 0: none did */
+    int64_t home_by;          /* it is asked there, and back by then; 0: not for sure */
     int cid_in, cid_out;
     int used;
     struct message first;
@@ -230,7 +233,7 @@ static struct datagram *fly(const void *data, size_t len, const dtls_addr *from,
     if (w->flying_len == FLYING_MAX)
         broken("too many datagrams in the air");
     struct datagram *d = malloc(sizeof *d);
-    *d = (struct datagram){now_us + delay, w->order++, *from, *to, len, malloc(len), 0, 0, 0, 0};
+    *d = (struct datagram){now_us + delay, w->order++, *from, *to, len, malloc(len), 0, 0, 0, 0, 0};
     memcpy(d->data, data, len);
     size_t i = ++w->flying_len;
     for (; i > 1 && sooner(d, w->flying[i / 2]); i /= 2)
@@ -473,9 +476,34 @@ static int is_findable(const struct client *c, const struct served *s)
     return s->cid_in > 0 || (c->suite < SUITE_CHACHA && s->used) || memcmp(s->at.addr.ip, c->shown.ip, 4) == 0;
 }
 
+/* Where it is, it need not be as things should be: it moves, say, or somebody copies what it sends. */
+static void expect_nowhere(const struct client *c)
+{
+    for (struct served *s = w->served; s; s = s->next)
+        if (client_of(s) == c)
+            s->home_sequence = 0, s->home_by = 0;
+}
+
 static void expect_nothing(struct client *c)
 {
     memset(c->due, 0, sizeof c->due);
+    expect_nowhere(c);
+}
+
+/* The original arrived, and no more than one copy did before: it counts more, where it came from. Or it is lost, and its
+ * client is asked where it was. */
+static void expect_home(const struct datagram *d)
+{
+    for (struct served *s = w->served; s; s = s->next) {
+        int original = d->client == s->client + 1 && d->life == s->life && !d->copy && !d->damaged &&
+                       d->data[4] == 1 && s->home_sequence && sequence_of(d->data) == s->home_sequence &&
+                       s->newest <= s->home_sequence && dtls_addr_equal(&d->from, &s->home);
+        int late = s->home_by && now_us > s->home_by;
+        if ((original || late) && !s->at.proven && !dtls_addr_equal(&s->at.addr, &s->home))
+            broken("client %u is not where its message came from, but where a copy did", s->client);
+        if (late)
+            s->home_by = 0;
+    }
 }
 
 /* What was sent so long ago must have been answered. */
@@ -527,6 +555,7 @@ static void copy(const struct datagram *d, int64_t after)
     struct datagram *c = fly(d->data, d->len, &from, &d->to, after);
     c->client = d->client;
     c->life = d->life;
+    c->copy = 1;
     sum.copies++;
 }
 
@@ -551,6 +580,7 @@ static void copy_old(void)
 static void copy_new(struct client *c, struct datagram *d, int64_t after)
 {
     keep(d);
+    expect_nowhere(c);
     c->copied_at = now_us;
     for (int i = 0; i < MESSAGES_MAX; i++)
         if (now_us - c->due[i] < OVERTAKE_MS * 1000)
@@ -658,6 +688,7 @@ static void moving_arrive(struct datagram *d)
             w->clients[d->client - 1].damaged += d->damaged;
         count_in(d);
         dtls_endpoint_input(w->server, d->data, d->len, &d->from, &d->to);
+        expect_home(d);
     } else if (c) {
         c->damaged += d->damaged;
         dtls_endpoint_input(c->ep, d->data, d->len, &d->from, &c->addr);
@@ -760,6 +791,7 @@ static void served_begins(struct served *s, dtls_conn *conn)
 static void served_moves(struct served *s, const dtls_addr *before)
 {
     dtls_info info;
+    const struct client *c = client_of(s);
     dtls_conn_info(s->conn, &info);
     if (!dtls_addr_equal(before, &s->at.addr) || dtls_addr_equal(before, &info.peer))
         broken("a connection moved from where it was not, or to where it was");
@@ -767,13 +799,22 @@ static void served_moves(struct served *s, const dtls_addr *before)
         broken("a connection moved without a reason");
     if (w->arriving->client != s->client + 1 || w->arriving->life != s->life)
         broken("a connection of client %u moved, and client %d sent that", s->client, (int)w->arriving->client - 1);
+    uint64_t sequence = sequence_of(w->arriving->data);
     int back = was_proven(s, &info.peer) &&
                (!s->at.proven || now_us - s->at.since < OLD_GOOD_MS * (int64_t)1000);
+    if (sequence < s->newest || (sequence == s->newest && !back && s->newest > 0))
+        broken("a connection of client %u moved by what is not new", s->client);
+    s->home_sequence = s->at.sure && w->arriving->copy ? sequence : 0;
+    s->home = s->at.addr;
+    s->home_by = 0;
+    if (s->home_sequence && s->cid_in > 0 && w->strict && c->conn && c->life == s->life && !c->shaking &&
+        dtls_addr_equal(&s->home, &c->shown))
+        s->home_by = now_us + ANSWER_MS * (int64_t)1000;
     if (s->at.proven)
         s->proven[s->proven_len++ % PROVEN_MAX] = s->at.addr;
     s->at = (struct place){.addr = info.peer,
                            .in = w->arriving->len,
-                           .sequence = sequence_of(w->arriving->data),
+                           .sequence = sequence,
                            .proven = back,
                            .since = now_us};
     s->at.shared = others_at(s, &info.peer);
@@ -786,7 +827,7 @@ static void served_moves(struct served *s, const dtls_addr *before)
  * has numbers, too. */
 static void served_hears(struct served *s, const dtls_addr *peer)
 {
-    uint64_t sequence = w->arriving ? sequence_of(w->arriving->data) : 0;
+    uint64_t sequence = w->arriving && w->arriving->data[4] == 1 ? sequence_of(w->arriving->data) : 0;
     if (s->cid_in < 0 && sequence > s->newest && !dtls_addr_equal(peer, &w->arriving->from))
         broken("the newest message of client %u came from elsewhere", s->client);
     if (sequence > s->newest)
