@@ -36,25 +36,25 @@ enum {
     MESSAGES_MAX = 64,
     MEAN_MAX = 12, /* handshakes that the mean host has left */
     MEAN_MS = 150,
-    KEPT_MAX = 64,       /* datagrams that somebody copied, */
-    HELLOS_MAX = 256,    /* and addresses that began a handshake of late: */
-    HELLO_MS = 31000,    /* until the server gives up on it */
+    KEPT_MAX = 64,    /* datagrams that somebody copied, */
+    HELLOS_MAX = 256, /* and addresses that began a handshake of late: */
+    HELLO_MS = 31000, /* until the server gives up on it */
     PROVEN_MAX = 4,
-    NAT_PORT = 30000,    /* and up: what a NAT gives */
+    NAT_PORT = 30000, /* and up: what a NAT gives */
     NAT_IPS = 3,
     NAT_MS = 1500,       /* between its changes, at most */
     OLD_GOOD_MS = 10001, /* so long an address that was proven stays so */
-    OVERTAKE_MS = 5, /* what is sent so shortly after another may overtake it */
+    OVERTAKE_MS = 5,     /* what is sent so shortly after another may overtake it */
     ANSWER_MS = 100,     /* in a good network an answer is there by then */
     UNPROVEN_FACTOR = 3, /* so much goes to an address that is not proven, of what came from there */
     WITH_CID = 25,       /* types of records */
     PATH_TYPE = 27,
-    PATH_BYTES = 9, /* of what asks whether somebody is there, or answers that, RFC 9853 */
-    MOVES_SHARE = 3,  /* of so many worlds, one more with a NAT */
+    PATH_BYTES = 9,    /* of what asks whether somebody is there, or answers that, RFC 9853 */
+    MOVES_SHARE = 3,   /* of so many worlds, one more with a NAT */
     MOVES_ENOUGH = 10, /* such worlds have some of everything */
-    MOVES_MS = 40000, /* so long addresses go on changing when the network is good */
-    FIRST_USES = 20, /* what OpenSSL keeps from the first use of each suite */
-    FORGED_MAX = 600, /* bytes of a Certificate that somebody saw */
+    MOVES_MS = 40000,  /* so long addresses go on changing when the network is good */
+    FIRST_USES = 20,   /* what OpenSSL keeps from the first use of each suite */
+    FORGED_MAX = 600,  /* bytes of a Certificate that somebody saw */
     SERVER_PORT = 4433,
     CLIENT_PORT = 20000,
     LIFE_MS = 60000,    /* clients come and go for so long, */
@@ -134,13 +134,13 @@ struct served {
     dtls_conn *conn;
     uint32_t client, life; /* where clients move: as the certificate says */
     struct place at;
-    dtls_addr proven[PROVEN_MAX]; /* where it was before that, and that may have been: the server may not have got to it */
+    dtls_addr proven[PROVEN_MAX]; /* where it was before that, and that may have been */
     uint32_t proven_len;
     unsigned moves;
-    uint64_t newest;          /* of its messages */
-    dtls_addr home;           /* where it was proven to be, before a copy moved it, */
-    uint64_t home_sequence;   /* with that number; 0: none did */
-    int64_t home_by;          /* it is asked there, and back by then; 0: not for sure */
+    uint64_t newest;        /* of its messages */
+    dtls_addr home;         /* where it was proven to be, before a copy moved it, */
+    uint64_t home_sequence; /* with that number; 0: none did */
+    int64_t home_by;        /* it is asked there, and back by then; 0: not for sure */
     int cid_in, cid_out;
     int used;
     struct message first;
@@ -171,7 +171,7 @@ struct world {
     struct served *served; /* where clients move: all */
     int strict;            /* the network is good, and clients move */
     int64_t strict_since;
-    int copying;           /* percent */
+    int copying; /* percent */
     int server_cid;
     dtls_timer *nat_timer;
     uint16_t nat_port;
@@ -184,7 +184,7 @@ struct world {
         int64_t at;
     } hellos[HELLOS_MAX];
     uint32_t hellos_len;
-    unsigned long moved; /* events of this server */
+    unsigned long moved;                 /* events of this server */
     unsigned char forged[2][FORGED_MAX]; /* a Certificate to a client, and one to the server */
     size_t forged_len[2];
 };
@@ -495,9 +495,9 @@ static void expect_nothing(struct client *c)
 static void expect_home(const struct datagram *d)
 {
     for (struct served *s = w->served; s; s = s->next) {
-        int original = d->client == s->client + 1 && d->life == s->life && !d->copy && !d->damaged &&
-                       d->data[4] == 1 && s->home_sequence && sequence_of(d->data) == s->home_sequence &&
-                       s->newest <= s->home_sequence && dtls_addr_equal(&d->from, &s->home);
+        int original = d->client == s->client + 1 && d->life == s->life && !d->copy && !d->damaged && d->data[4] == 1 &&
+                       s->home_sequence && sequence_of(d->data) == s->home_sequence && s->newest <= s->home_sequence &&
+                       dtls_addr_equal(&d->from, &s->home);
         int late = s->home_by && now_us > s->home_by;
         if (s->cid_in <= 0 && hello_from(&s->home, NULL))
             original = 0;
@@ -523,7 +523,8 @@ static void expect_answer(struct client *c, int number)
     const struct served *s = served_of(c);
     int unknown = s && (!is_findable(c, s) || (s->cid_in <= 0 && hello_from(&c->shown, c)));
     c->unknown |= unknown;
-    if (!w->strict || now_us - c->copied_at < OVERTAKE_MS * 1000 || c->shaking || !c->ready || c->excused || c->copied || !s || unknown)
+    if (!w->strict || now_us - c->copied_at < OVERTAKE_MS * 1000 || c->shaking || !c->ready || c->excused ||
+        c->copied || !s || unknown)
         return;
     c->due[number] = now_us;
     sum.expected++;
@@ -631,8 +632,8 @@ static void count_in(const struct datagram *d)
             continue;
         p->in += d->len;
         if (s->cid_in >= 0) /* then it can be asked */
-            p->proven = p->asked && !is_copyist(&d->from) &&
-                        is_path_message(d->data, d->len, client_of(s)->suite, s->cid_in);
+            p->proven =
+                p->asked && !is_copyist(&d->from) && is_path_message(d->data, d->len, client_of(s)->suite, s->cid_in);
         else
             p->proven = p->sure = sequence > p->sequence;
     }
@@ -712,7 +713,8 @@ static void client_moves(struct client *c, const dtls_addr *to)
     if (c->shaking || !c->ready)
         c->excused = 1;
     if (verbose)
-        printf("# %8.3f client %u moves to 10.9.0.%d:%d\n", (double)now_us / 1e6, client_number(c), to->ip[3], to->port);
+        printf("# %8.3f client %u moves to 10.9.0.%d:%d\n", (double)now_us / 1e6, client_number(c), to->ip[3],
+               to->port);
 }
 
 static dtls_addr fresh_port(const dtls_addr *at)
@@ -764,7 +766,8 @@ static void nat_turn(void *user)
     (void)user;
     if (w->ending)
         return;
-    struct client *c = &w->clients[dice((uint32_t)w->clients_len)], *other = &w->clients[dice((uint32_t)w->clients_len)];
+    struct client *c = &w->clients[dice((uint32_t)w->clients_len)],
+                  *other = &w->clients[dice((uint32_t)w->clients_len)];
     if ((!w->healed || w->strict) && c->behind_nat)
         nat_change(c, other->behind_nat ? other : c);
     if (copies_now() && percent(30))
@@ -802,8 +805,7 @@ static void served_moves(struct served *s, const dtls_addr *before)
     if (w->arriving->client != s->client + 1 || w->arriving->life != s->life)
         broken("a connection of client %u moved, and client %d sent that", s->client, (int)w->arriving->client - 1);
     uint64_t sequence = sequence_of(w->arriving->data);
-    int back = was_proven(s, &info.peer) &&
-               (!s->at.proven || now_us - s->at.since < OLD_GOOD_MS * (int64_t)1000);
+    int back = was_proven(s, &info.peer) && (!s->at.proven || now_us - s->at.since < OLD_GOOD_MS * (int64_t)1000);
     if (sequence < s->newest || (sequence == s->newest && !back && s->newest > 0))
         broken("a connection of client %u moved by what is not new", s->client);
     s->home_sequence = s->at.sure && w->arriving->copy ? sequence : 0;
@@ -814,11 +816,8 @@ static void served_moves(struct served *s, const dtls_addr *before)
         s->home_by = now_us + ANSWER_MS * (int64_t)1000;
     if (s->at.proven)
         s->proven[s->proven_len++ % PROVEN_MAX] = s->at.addr;
-    s->at = (struct place){.addr = info.peer,
-                           .in = w->arriving->len,
-                           .sequence = sequence,
-                           .proven = back,
-                           .since = now_us};
+    s->at = (struct place){
+        .addr = info.peer, .in = w->arriving->len, .sequence = sequence, .proven = back, .since = now_us};
     s->at.shared = others_at(s, &info.peer);
     w->moved++;
     sum.moves++;
@@ -973,10 +972,11 @@ static dtls_endpoint *endpoint(void *user, dtls_config cfg)
 
 static void server_start(void)
 {
-    w->server = endpoint(
-        &server_id,
-        (dtls_config){.on_event = server_event, .on_ssl_ctx = on_server_ctx, .cid_bytes = w->server_cid,
-                      .idle_timeout_ms = 20000, .max_handshakes = w->max_handshakes});
+    w->server = endpoint(&server_id, (dtls_config){.on_event = server_event,
+                                                   .on_ssl_ctx = on_server_ctx,
+                                                   .cid_bytes = w->server_cid,
+                                                   .idle_timeout_ms = 20000,
+                                                   .max_handshakes = w->max_handshakes});
     dtls_endpoint_listen(w->server, NULL, NULL);
 }
 
@@ -1098,7 +1098,8 @@ static void client_failed(struct client *c, dtls_reason reason, const char *text
 {
     sum.failed++;
     if (c->trouble || w->healed == 0) {
-        int excused = (c->trouble && !(w->strict && c->moved_early < 2)) || c->damaged > DAMAGE_ENDURED || (reason == DTLS_CLOSE_TIMEOUT && w->loss > 0);
+        int excused = (c->trouble && !(w->strict && c->moved_early < 2)) || c->damaged > DAMAGE_ENDURED ||
+                      (reason == DTLS_CLOSE_TIMEOUT && w->loss > 0);
         sum.late += !c->trouble && reason == DTLS_CLOSE_TIMEOUT;
         if (excused)
             return;
@@ -1113,7 +1114,8 @@ static void client_closed(struct client *c, dtls_reason reason, const char *text
     expect_nothing(c);
     if (c->open && reason != DTLS_CLOSE_LOCAL && reason != DTLS_CLOSE_IDLE)
         broken("the connection of client %u was closed: %s", client_number(c), text);
-    if (c->open && w->strict && now_us - w->strict_since > IDLE_MS * (int64_t)1000 && reason == DTLS_CLOSE_IDLE && !c->excused && !c->unknown)
+    if (c->open && w->strict && now_us - w->strict_since > IDLE_MS * (int64_t)1000 && reason == DTLS_CLOSE_IDLE &&
+        !c->excused && !c->unknown)
         broken("client %u got no answers: %s", client_number(c), text);
 }
 
@@ -1267,9 +1269,9 @@ static void world_begin(int loss)
         moves_begin();
     w->loop = dtls_loop_new(&(dtls_loop_config){.now_us = slow_clock});
     server_start();
-    w->clients_ep =
-        endpoint(&client_id,
-                 (dtls_config){.on_event = client_event, .idle_timeout_ms = IDLE_MS, .unanswered_ms = w->unanswered_ms});
+    w->clients_ep = endpoint(
+        &client_id,
+        (dtls_config){.on_event = client_event, .idle_timeout_ms = IDLE_MS, .unanswered_ms = w->unanswered_ms});
     if (w->max_handshakes) {
         w->mean = endpoint(&client_id, (dtls_config){.on_event = mean_event});
         w->mean_timer = dtls_timer_new(w->loop, mean_turn, NULL);
@@ -1498,9 +1500,10 @@ static void print_times(const long *histogram, const char *kind)
 
 static void report_moves(void)
 {
-    printf("# simulate: %ld worlds in which clients move: %ld associations (%ld renewals), %ld messages, %ld of which had "
-           "to be answered at once; %ld addresses were taken by others\n",
-           sum.worlds, sum.associations, sum.renewed, sum.messages, sum.expected, sum.taken);
+    printf(
+        "# simulate: %ld worlds in which clients move: %ld associations (%ld renewals), %ld messages, %ld of which had "
+        "to be answered at once; %ld addresses were taken by others\n",
+        sum.worlds, sum.associations, sum.renewed, sum.messages, sum.expected, sum.taken);
     printf("# simulate: %ld addresses changed, %ld moves, %ld to a place to be proven, %ld messages refused there; %ld "
            "keys tried; %ld copies, %ld of them first\n",
            sum.changes, sum.moves, sum.unproven, sum.limited, sum.trials, sum.copies, sum.raced);
