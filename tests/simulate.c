@@ -521,7 +521,7 @@ static void expect_answers(const struct client *c)
 static void expect_answer(struct client *c, int number)
 {
     const struct served *s = served_of(c);
-    int unknown = s && (!is_findable(c, s) || (s->cid_in <= 0 && hello_from(&c->shown, c)));
+    int unknown = s && (!is_findable(c, s) || (s->cid_in <= 0 && hello_from(&c->shown, NULL)));
     c->unknown |= unknown;
     if (!w->strict || now_us - c->copied_at < OVERTAKE_MS * 1000 || c->shaking || !c->ready || c->excused ||
         c->copied || !s || unknown)
@@ -869,6 +869,7 @@ static void served_ends(struct served *s, dtls_reason reason)
             broken("the connection of client %u was replaced by nobody's", s->client);
         sum.taken++;
         c->excused = 1;
+        expect_nothing(c);
     } else if (live && !(reason == DTLS_CLOSE_LOCAL && w->muted) &&
                !(reason == DTLS_CLOSE_IDLE && (c->excused || c->unknown || !w->strict))) {
         broken("the connection of client %u was closed: %s", s->client, dtls_conn_reason_text(s->conn));
