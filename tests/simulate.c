@@ -635,7 +635,8 @@ static void count_in(const struct datagram *d)
             p->proven =
                 p->asked && !is_copyist(&d->from) && is_path_message(d->data, d->len, client_of(s)->suite, s->cid_in);
         else
-            p->proven = p->sure = sequence > p->sequence;
+            p->proven = sequence > p->sequence;
+        p->sure = s->cid_in < 0 && p->proven && !d->damaged;
     }
 }
 
