@@ -907,11 +907,13 @@ static void server_event(dtls_conn *conn, dtls_event event, const void *data, si
     } else if (event == DTLS_EV_MESSAGE) {
         struct message m = message_check(data, len);
         dtls_conn_info(conn, &info);
-        if (!s->used)
+        if (!s->used) {
             s->first = m;
+            s->life = m.life; /* a handshake may be done after its client has left, and begun another */
+        }
         s->used = 1;
-        if ((moving ? m.client != s->client || m.life != s->life : m.port != info.peer.port) ||
-            m.client != s->first.client || m.life != s->first.life)
+        if ((moving ? m.client != s->client : m.port != info.peer.port) || m.client != s->first.client ||
+            m.life != s->first.life)
             broken("client %u life %u got into the connection of client %u life %u", m.client, m.life, s->first.client,
                    s->first.life);
         if (moving)
