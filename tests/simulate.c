@@ -137,8 +137,9 @@ struct served {
     dtls_addr proven[PROVEN_MAX]; /* where it was before that, and that may have been */
     uint32_t proven_len;
     unsigned moves;
-    uint64_t newest;        /* of its messages */
-    dtls_addr home;         /* where it was proven to be, before a copy moved it, */
+    uint64_t newest; /* of its messages */
+    dtls_addr home;  /* where it was proven to be, before a copy moved it, */
+    size_t home_len;
     uint64_t home_sequence; /* with that number; 0: none did */
     int64_t home_by;        /* it is asked there, and back by then; 0: not for sure */
     int cid_in, cid_out;
@@ -496,8 +497,8 @@ static void expect_home(const struct datagram *d)
 {
     for (struct served *s = w->served; s; s = s->next) {
         int original = d->client == s->client + 1 && d->life == s->life && !d->copy && !d->damaged && d->data[4] == 1 &&
-                       s->home_sequence && sequence_of(d->data) == s->home_sequence && s->newest <= s->home_sequence &&
-                       dtls_addr_equal(&d->from, &s->home);
+                       s->home_sequence && sequence_of(d->data) == s->home_sequence && d->len == s->home_len &&
+                       s->newest <= s->home_sequence && dtls_addr_equal(&d->from, &s->home);
         int late = s->home_by && now_us > s->home_by;
         if (s->cid_in <= 0 && hello_from(&s->home, NULL))
             original = 0;
@@ -810,6 +811,7 @@ static void served_moves(struct served *s, const dtls_addr *before)
     if (sequence < s->newest || (sequence == s->newest && !back && s->newest > 0))
         broken("a connection of client %u moved by what is not new", s->client);
     s->home_sequence = s->at.sure && w->arriving->copy ? sequence : 0;
+    s->home_len = w->arriving->len; /* what another association of its sent may have the same number */
     s->home = s->at.addr;
     s->home_by = 0;
     if (s->home_sequence && s->cid_in > 0 && w->strict && c->conn && c->life == s->life && !c->shaking &&
