@@ -913,6 +913,42 @@ static void test_offers(void)
     }
 }
 
+/* Somebody began a handshake there, and has left. */
+static void test_busy_address(void)
+{
+    for (int suite = 0; suite < SUITES; suite++) {
+        world_of(suite, &ids[0], 2);
+        CHECK(answered(&clients[0], "one") && answered(&clients[1], "two"));
+        CHECK(dtls_conn_renew(clients[1].conn) == 0);
+        for (int i = 0; i < 3; i++) /* cookie, and the server's first flight */
+            turn();
+        clients[0].seen = clients[1].seen;
+        clients[1].seen = other_port;
+        CHECK_THAT(answered_soon(&clients[0], "behind") && server.moved == 1, "%s: who has that address now is heard",
+                   suites[suite]);
+        stop();
+    }
+}
+
+/* A copy comes first, the original is lost: who can be asked is asked where it was, also where its records have no ID of the
+ * server's. */
+static void test_asked(void)
+{
+    for (const struct ids *id = ids + 2; id < ids + IDS; id++) {
+        world_of(0, id, 1);
+        CHECK(answered(&clients[0], "before"));
+        holds = 1;
+        CHECK(dtls_conn_send(clients[0].conn, "copied", 6) == 0);
+        turn();
+        holds = 0;
+        copied(&kept[0], &elsewhere);
+        CHECK(at(&elsewhere) == 1);
+        settle();
+        CHECK_THAT(at(&clients[0].own) == 1 && server.moved == 2, "%s: its answer brings it back", id->what);
+        stop();
+    }
+}
+
 int main(int argc, char **argv)
 {
     static const struct test tests[] = {
@@ -942,6 +978,8 @@ int main(int argc, char **argv)
         {"kept", test_kept},
         {"stragglers", test_stragglers},
         {"strange ids", test_strange_ids},
+        {"busy address", test_busy_address},
+        {"asked", test_asked},
         {NULL, NULL},
     };
     tests_begin("moves", argc, argv);

@@ -500,8 +500,6 @@ static void expect_home(const struct datagram *d)
                        s->home_sequence && sequence_of(d->data) == s->home_sequence && d->len == s->home_len &&
                        s->newest <= s->home_sequence && dtls_addr_equal(&d->from, &s->home);
         int late = s->home_by && now_us > s->home_by;
-        if (s->cid_in <= 0 && hello_from(&s->home, NULL))
-            original = 0;
         if ((original || late) && !s->at.proven && !dtls_addr_equal(&s->at.addr, &s->home))
             broken("client %u is not where its message came from, but where a copy did", s->client);
         if (late)
@@ -522,7 +520,7 @@ static void expect_answers(const struct client *c)
 static void expect_answer(struct client *c, int number)
 {
     const struct served *s = served_of(c);
-    int unknown = s && (!is_findable(c, s) || (s->cid_in <= 0 && hello_from(&c->shown, NULL)));
+    int unknown = s && !is_findable(c, s);
     c->unknown |= unknown;
     if (!w->strict || now_us - c->copied_at < OVERTAKE_MS * 1000 || c->shaking || !c->ready || c->excused ||
         c->copied || !s || unknown)
@@ -814,7 +812,7 @@ static void served_moves(struct served *s, const dtls_addr *before)
     s->home_len = w->arriving->len; /* what another association of its sent may have the same number */
     s->home = s->at.addr;
     s->home_by = 0;
-    if (s->home_sequence && s->cid_in > 0 && w->strict && c->conn && c->life == s->life && !c->shaking &&
+    if (s->home_sequence && s->cid_in >= 0 && w->strict && c->conn && c->life == s->life && !c->shaking &&
         dtls_addr_equal(&s->home, &c->shown))
         s->home_by = now_us + ANSWER_MS * (int64_t)1000;
     if (s->at.proven)
