@@ -2414,6 +2414,8 @@ struct record_key {
 struct record_keys {
     const struct aead *aead;
     struct record_key in, out;
+    uint8_t master[MASTER_BYTES]; /* that they are made of; a handshake may come to another one, until they are */
+    bool sure;                    /* they opened a record */
 };
 
 static void record_keys_free(struct record_keys *k)
@@ -2455,17 +2457,15 @@ static bool record_keys_make(const SSL_CIPHER *suite, const uint8_t master[MASTE
     return good;
 }
 
-/* Those of the handshake that libssl is in, or had. False: there are none yet, or as above. */
-static bool record_keys_derive(SSL *ssl, bool server, struct record_keys *k)
+/* Those of the handshake that libssl is in, or had, and of its master secret. False: as above. */
+static bool record_keys_derive(SSL *ssl, bool server, const uint8_t master[MASTER_BYTES], struct record_keys *k)
 {
-    uint8_t master[MASTER_BYTES], randoms[2][HELLO_RANDOM];
+    uint8_t randoms[2][HELLO_RANDOM];
     const SSL_CIPHER *suite = SSL_get_pending_cipher(ssl) ? SSL_get_pending_cipher(ssl) : SSL_get_current_cipher(ssl);
-    const SSL_SESSION *session = SSL_get_session(ssl);
     SSL_get_client_random(ssl, randoms[0], HELLO_RANDOM);
     SSL_get_server_random(ssl, randoms[1], HELLO_RANDOM);
-    bool good = session && SSL_SESSION_get_master_key(session, master, sizeof master) == sizeof master &&
-                record_keys_make(suite, master, (const uint8_t(*)[HELLO_RANDOM])randoms, server, k);
-    OPENSSL_cleanse(master, sizeof master);
+    bool good = record_keys_make(suite, master, (const uint8_t(*)[HELLO_RANDOM])randoms, server, k);
+    memcpy(k->master, master, MASTER_BYTES);
     return good;
 }
 
@@ -2572,7 +2572,7 @@ struct wire {
     size_t text_len;
     SSL *ssl;
     struct crypt *crypt;
-    struct record_keys *keys;         /* NULL: not needed yet, or not known to be the right ones */
+    struct record_keys *keys;         /* NULL: not needed yet */
     bool server;                      /* our role */
     bool cid;                         /* connection IDs were agreed upon: one of no bytes is none, in that direction */
     bool offers;                      /* a client's hello has the extension */
@@ -2615,20 +2615,35 @@ static void wire_note(struct wire *w, uint64_t sequence)
         w->seen |= (uint64_t)1 << (w->newest - sequence);
 }
 
-/* Opens a record that came, or with `out` one that libssl wrote. In a handshake keys count once
- * they opened one: before, it may not have got to the right ones. */
+/* The keys, as far as the handshake has got to any. They are made anew only for another master secret, since anybody who
+ * saw the connection ID can ask for them. */
+static bool wire_keys(struct wire *w)
+{
+    uint8_t master[MASTER_BYTES];
+    if (w->keys && w->keys->sure)
+        return true;
+    const SSL_SESSION *session = SSL_get_session(w->ssl);
+    if (!session || SSL_SESSION_get_master_key(session, master, sizeof master) != sizeof master)
+        return false;
+    if (!w->keys || CRYPTO_memcmp(w->keys->master, master, sizeof master) != 0) {
+        record_keys_free(w->keys);
+        w->keys = malloc(sizeof *w->keys);
+        if (w->keys && !record_keys_derive(w->ssl, w->server, master, w->keys)) {
+            record_keys_free(w->keys);
+            w->keys = NULL;
+        }
+    }
+    OPENSSL_cleanse(master, sizeof master);
+    return w->keys != NULL;
+}
+
+/* Opens a record that came, or with `out` one that libssl wrote. */
 static bool wire_open(struct wire *w, bool out, const struct record *r, uint8_t *text, size_t *len, unsigned *type)
 {
-    struct record_keys fresh, *k = w->keys;
-    if (!k && !record_keys_derive(w->ssl, w->server, &fresh))
-        return false;
-    k = k ? k : &fresh;
-    bool good = record_open(w->crypt, k->aead, out ? &k->out : &k->in, r, text, len, type);
-    if (!w->keys && (good || SSL_is_init_finished(w->ssl)) && (w->keys = malloc(sizeof *k)) != NULL)
-        *w->keys = fresh;
-    good = good && w->keys;
-    if (k == &fresh)
-        OPENSSL_cleanse(&fresh, sizeof fresh);
+    struct record_keys *k = wire_keys(w) ? w->keys : NULL;
+    bool good = k && record_open(w->crypt, k->aead, out ? &k->out : &k->in, r, text, len, type);
+    if (good)
+        k->sure = true;
     errors_clear();
     return good;
 }
@@ -2647,7 +2662,8 @@ static bool wire_plain(struct wire *w, const struct record *r, unsigned type, ui
 static bool wire_text(struct wire *w, const struct record *r, size_t *len, unsigned *type)
 {
     const struct record_keys *k = w->keys;
-    if (!k || !w->text || r->type != TYPE_DATA || r->body_len != w->text_len + k->aead->explicit + k->aead->tag)
+    if (!k || !k->sure || !w->text || r->type != TYPE_DATA ||
+        r->body_len != w->text_len + k->aead->explicit + k->aead->tag)
         return wire_open(w, true, r, w->crypt->text, len, type);
     memcpy(w->crypt->text, w->text, w->text_len);
     *len = w->text_len;
@@ -2705,8 +2721,9 @@ static size_t wire_room(const struct wire *w)
 static void flight_begin(struct wire *w, struct flight *f, bool small)
 {
     size_t room = wire_room(w), more = w->cid_out_len ? 2 * (w->cid_out_len + 1u) : 0; /* of two protected records */
+    room = small && FLIGHT_SMALL < room ? FLIGHT_SMALL : room;
     f->len = 0;
-    f->room = (small && FLIGHT_SMALL < room ? FLIGHT_SMALL : room) - more;
+    f->room = room > more ? room - more : 0; /* 0: nothing is packed */
     w->flight = f;
 }
 
@@ -2836,7 +2853,8 @@ enum {
     KIND_MS = 10000,     /* and the number of the others, once in this time */
     WALKS_MAX = 64,
     WALK_STEP = 16,     /* connections, before others have their turn */
-    SAME_MAX = 4,       /* open associations at one address that are looked at */
+    PATHS_ASKED = 3,    /* times, whether a peer is at its new address, before its next record is waited for */
+    SAME_MAX = 4,       /* associations that moved to one address and are looked at */
     CID_BYTES = 8,      /* of a server's connection ID */
     UNPROVEN_FACTOR = 3 /* so much may be sent of what came from an unproven address: RFC 9146 section 6 */
 };
@@ -2901,11 +2919,12 @@ struct move {
     struct association *a;
     struct path old; /* proven, while a server's new one is not */
     int64_t at;
-    uint64_t sequence;     /* of the record that showed it */
-    uint64_t in, out;      /* bytes of authentic records from the new address, and bytes that went there */
-    bool proven, kept;     /* kept: the old one is in the table */
-    enum move_check check; /* which one was asked whether the peer is there, RFC 9853, */
-    uint8_t cookie[8];     /* with this */
+    uint64_t sequence;         /* of the record that showed it */
+    uint64_t in, out;          /* bytes of authentic records from the new address, and bytes that went there */
+    bool proven, kept, roamed; /* kept: the old one is in the table; roamed: that is not where its handshake was */
+    enum move_check check;     /* which one was asked whether the peer is there, RFC 9853, */
+    uint8_t cookies[1 + PATHS_ASKED][8]; /* with these: the first to the old one */
+    unsigned sent;                       /* a bit for each of them */
     int64_t asked_at;
     unsigned asked; /* times */
 };
@@ -3278,24 +3297,23 @@ static void source_leave(struct association *a)
     source_release(a->ep, s);
 }
 
-/* An open one's peer has an address there now. False: no memory, or as many are there as may be. */
-static bool source_move(struct association *a, const dtls_addr *peer)
+/* An open one's peer is there, as is proven now: it counts there, if there is a place, and otherwise where it did. */
+static void source_move(struct association *a, const dtls_addr *peer)
 {
     dtls_endpoint *ep = a->ep;
-    struct source *s = source_of(ep, peer), *was = a->source;
+    struct source *s = a->source ? source_of(ep, peer) : NULL;
     bool blind = a->blind;
-    if (!s || s == was)
-        return s != NULL;
+    if (!s || s == a->source)
+        return;
     if (at_limit(s->open, ep->cfg.max_conns_per_address)) {
         source_release(ep, s);
-        return false;
+        return;
     }
     s->refs++;
     s->open++;
     source_leave(a);
     a->source = s;
     source_set_blind(a, blind);
-    return true;
 }
 
 static size_t source_weight(const struct source *s)
@@ -3595,9 +3613,13 @@ static uint64_t kind_hash(const dtls_endpoint *ep, const char *text)
 {
     uint8_t words[LINE_BYTES];
     size_t n = 0;
-    for (; *text && n < sizeof words; text++)
+    for (; *text && n < sizeof words; text++) {
+        text += *text == '[' ? strcspn(text, "]") : 0; /* an IPv6 address */
+        if (!*text)
+            break;
         if (*text < '0' || *text > '9')
             words[n++] = (uint8_t)*text;
+    }
     return table_hash(&ep->associations, words, n);
 }
 
@@ -3731,16 +3753,18 @@ static struct association *assoc_predecessor(const struct association *a)
     return assoc_native(assoc_next_same(a));
 }
 
-/* One that moved comes to its address. Whoever is there stays, also where that is only somebody's claim; but of too many the
- * last one has to be found in another way. One in its handshake stays in front. */
+/* One that moved comes to its address. Whoever is there stays, also where that is only somebody's claim; but of too many that
+ * moved there the last one has to be found in another way. One in its handshake stays in front. */
 static void assoc_place(struct association *a)
 {
     assoc_unlist(a);
-    struct association *first = assoc_find(a->ep, &a->peer, &a->local), *last = assoc_open_same(first);
-    int there = 0;
-    for (struct association *t = last; t; t = assoc_open_same(assoc_next_same(t)))
-        there++;
-    if (there >= SAME_MAX)
+    struct association *first = assoc_find(a->ep, &a->peer, &a->local), *last = NULL;
+    int moved = 0;
+    for (struct association *t = first; t; t = assoc_next_same(t)) {
+        last = t->roamed && !last ? t : last;
+        moved += t->roamed;
+    }
+    if (moved >= SAME_MAX)
         assoc_unlist(last);
     assoc_list(a);
     if (first && first->handshake) {
@@ -3800,11 +3824,13 @@ static uint64_t assoc_mark_hash(const dtls_endpoint *ep, uint64_t mark)
 /* From an authentic record. */
 static void assoc_learn_mark(struct association *a, const struct record *r)
 {
-    uint64_t mark = assoc_mark(r);
+    uint64_t mark = assoc_mark(r), hash = assoc_mark_hash(a->ep, mark);
     if (a->overhead != OVERHEAD_MAX || mark == 0 || mark == (uint64_t)1 << 48)
         return;
+    if (table_first(&a->ep->marks, hash)) /* chance makes no two, but somebody may want to be taken for another */
+        return;
     source_set_blind(a, false);
-    table_add(&a->ep->marks, &a->mark_entry, assoc_mark_hash(a->ep, mark));
+    table_add(&a->ep->marks, &a->mark_entry, hash);
     a->mark_listed = true;
 }
 
@@ -3816,6 +3842,11 @@ static struct association *assoc_of(SSL *ssl)
     return w->owner;
 }
 
+static bool assoc_is_unproven(const struct association *a)
+{
+    return a->move && !a->move->proven;
+}
+
 /* What libssl writes leaves through the socket, or through the user's transport. */
 static int assoc_send(void *owner, const void *data, size_t len)
 {
@@ -3823,7 +3854,7 @@ static int assoc_send(void *owner, const void *data, size_t len)
     dtls_endpoint *ep = a->ep;
     const dtls_addr *local = a->via ? &a->via->local : &a->local, *peer = a->via ? &a->via->peer : &a->peer;
     struct udp *u = a->via ? a->via->udp : a->udp;
-    struct move *m = a->via || !a->move || a->move->proven ? NULL : a->move;
+    struct move *m = !a->via && assoc_is_unproven(a) ? a->move : NULL;
     int r;
     if (m && m->out + len > UNPROVEN_FACTOR * m->in)
         return DTLS_ERR_AGAIN;
@@ -4019,7 +4050,7 @@ static void ep_tell_waiting(dtls_endpoint *ep, const struct udp *u)
     while (o != &ep->waiting && !u->refused) {
         dtls_conn *c = (dtls_conn *)o;
         o = o->next;
-        if (c->open->udp == u) {
+        if (c->open->udp == u && !assoc_is_unproven(c->open)) {
             conn_tell_writable(c);
             o = ep->waiting.next; /* the callback may have ended any */
         }
@@ -4077,6 +4108,8 @@ static int assoc_open_path(struct association *a, const dtls_addr *peer, const d
     dtls_addr_format(peer, text, sizeof text);
     assoc_set_addresses(a, peer, a->udp ? &a->udp->local : local);
     const struct association *other = a->udp ? NULL : assoc_find(ep, peer, local);
+    while (other && other->roamed)
+        other = assoc_next_same(other);
     if (other && other->conn != a->conn)
         return fail(err, DTLS_ERR_STATE, "%s: connected already", text);
     if (!a->udp)
@@ -4364,7 +4397,7 @@ static void assoc_moved(struct association *a, const dtls_addr *was, const char 
 }
 
 /* A server's peer is there now, as its newest record shows. An address that it had before, and that was proven, stays so.
- * False: it may not be there, or no memory. */
+ * False: no memory. */
 static bool assoc_move(struct association *a, const struct path *to, const struct record *newest)
 {
     const struct path was = {a->peer, a->local, a->udp};
@@ -4374,17 +4407,17 @@ static bool assoc_move(struct association *a, const struct path *to, const struc
         return true;
     }
     struct move *m = malloc(sizeof *m);
-    if (!m || !source_move(a, &to->peer)) {
-        free(m);
+    if (!m)
         return false;
-    }
     *m = (struct move){.a = a,
                        .old = proven ? was : a->move->old,
                        .at = loop_now(a->ep->loop),
                        .sequence = newest->sequence,
                        .in = newest->size,
                        .proven = back,
-                       .kept = true};
+                       .kept = true,
+                       .roamed = proven ? a->roamed : a->move->roamed};
+    a->roamed = back ? a->move->roamed : true;
     assoc_forget_move(a);
     if (back && !proven) { /* nothing is worth keeping */
         free(m);
@@ -4395,7 +4428,8 @@ static bool assoc_move(struct association *a, const struct path *to, const struc
     assoc_unlist(a);
     assoc_set_addresses(a, &to->peer, &to->local);
     a->udp = to->udp;
-    a->roamed = true;
+    if (back)
+        source_move(a, &to->peer);
     assoc_place(a);
     assoc_arm(a);
     assoc_moved(a, &was.peer, "moved from", &was.peer);
@@ -4481,7 +4515,6 @@ enum {
     PATH_CHALLENGE = 0,
     PATH_RESPONSE = 1,
     PATH_DROP = 2,
-    PATHS_ASKED = 3,      /* times, before it waits for the peer's next record */
     ASK_MIN_MS = 100,     /* for its answer; three round trips, RFC 9853 section 5.5, */
     ASK_MS = 1000,        /* or so long where that is not known */
     SILENCE_MS = 5000,    /* without an answer: a client doubts its way to the peer */
@@ -4614,14 +4647,25 @@ static void traffic_send_path(struct association *a, uint8_t type, const uint8_t
 static void traffic_ask(struct association *a, enum move_check check)
 {
     struct move *m = a->move;
-    if (RAND_bytes(m->cookie, sizeof m->cookie) != 1)
-        return;
     m->asked = check == m->check ? m->asked + 1 : 1;
     m->check = check;
     m->asked_at = loop_now(a->ep->loop);
-    traffic_send_path(a, PATH_CHALLENGE, m->cookie, check == CHECK_OLD ? &m->old : NULL);
+    unsigned which = check == CHECK_OLD ? 0 : m->asked;
+    if (RAND_bytes(m->cookies[which], sizeof m->cookies[which]) == 1) {
+        m->sent |= 1u << which;
+        traffic_send_path(a, PATH_CHALLENGE, m->cookies[which], check == CHECK_OLD ? &m->old : NULL);
+    }
     if (a->phase)
         assoc_arm(a);
+}
+
+/* Which question that answers, the first being 0; -1: none of ours. A slow path's answer comes behind the next question. */
+static int traffic_question(const struct move *m, const uint8_t cookie[8])
+{
+    for (int i = 0; m && i <= PATHS_ASKED; i++)
+        if ((m->sent >> i & 1) && CRYPTO_memcmp(m->cookies[i], cookie, 8) == 0)
+            return i;
+    return -1;
 }
 
 static int64_t traffic_patience(const struct association *a)
@@ -4635,7 +4679,10 @@ static int64_t traffic_patience(const struct association *a)
 static int64_t traffic_asked_at(const struct association *a)
 {
     const struct move *m = a->move;
-    return m && !m->proven && m->check != CHECK_NONE ? m->asked_at + traffic_patience(a) : INT64_MAX;
+    if (!m || m->proven || m->check == CHECK_NONE)
+        return INT64_MAX;
+    return m->asked_at +
+           (traffic_patience(a) << (m->check == CHECK_NEW ? m->asked : 0)); /* the new path may be longer */
 }
 
 static void traffic_asked(struct association *a, int64_t now)
@@ -4651,6 +4698,7 @@ static void traffic_proven(struct association *a)
 {
     a->move->proven = true;
     a->move->check = CHECK_NONE;
+    source_move(a, &a->peer);
     assoc_arm(a);
     conn_tell_writable(a->conn);
 }
@@ -4660,12 +4708,12 @@ static void traffic_hear_path(struct association *a, const uint8_t *p, size_t n)
     const struct move *m = a->move;
     if (n != PATH_MESSAGE)
         return;
-    bool ours = m && m->check != CHECK_NONE && CRYPTO_memcmp(p + 1, m->cookie, 8) == 0;
+    int question = traffic_question(m, p + 1);
     if (p[0] == PATH_CHALLENGE) /* a client that left its old socket says so */
         traffic_send_path(a, a->from && !a->conn->server ? PATH_DROP : PATH_RESPONSE, p + 1, a->from);
-    else if (p[0] == PATH_RESPONSE && ours && m->check == CHECK_NEW && !a->from)
+    else if (p[0] == PATH_RESPONSE && question > 0 && !a->from && !m->proven)
         traffic_proven(a);
-    else if (p[0] == PATH_DROP && ours && m->check == CHECK_OLD)
+    else if (p[0] == PATH_DROP && question == 0 && m->check == CHECK_OLD)
         traffic_ask(a, CHECK_NEW);
 }
 
@@ -4858,6 +4906,8 @@ static int traffic_rebind(struct association *a, bool if_new, dtls_error *err)
     a->lost = false;
     assoc_arm(a);
     assoc_moved(a, &was.local, "goes on from", &a->local);
+    if (a->conn->state == CONN_OPEN) /* what it waited for was the old socket */
+        conn_tell_writable(a->conn);
     return 0;
 }
 
@@ -4943,7 +4993,7 @@ static int traffic_write(struct association *a, const void *data, size_t len)
 {
     dtls_conn *c = a->conn;
     int r = traffic_seal(a, data, len, 0, NULL);
-    if (r == DTLS_ERR_AGAIN && (a->udp || (a->move && !a->move->proven)))
+    if (r == DTLS_ERR_AGAIN && (a->udp || assoc_is_unproven(a)))
         conn_waits(c);
     if (r < 0)
         return r;
@@ -5384,7 +5434,10 @@ static bool hs_is_too_many(const struct association *a, char text[REASON_BYTES])
     const struct identity *id = a->identity;
     const struct association *old = assoc_predecessor(a);
     size_t replaced = old != NULL;
-    if (a->source && at_limit(a->source->open - replaced, cfg->max_conns_per_address))
+    const dtls_counters *n = &a->ep->counters;
+    if (a->source && !old && at_limit(n->conns - n->handshakes, cfg->max_conns)) /* whose place it was to have moved */
+        snprintf(text, REASON_BYTES, "refused: max_conns (%d) is reached", cfg->max_conns);
+    else if (a->source && at_limit(a->source->open - replaced, cfg->max_conns_per_address))
         snprintf(text, REASON_BYTES, "refused: max_conns_per_address (%d) is reached", cfg->max_conns_per_address);
     else if (a->source && id &&
              at_limit(id->open - (replaced && old->conn->identity == id), cfg->max_conns_per_identity))
@@ -6256,6 +6309,8 @@ static size_t hs_work(struct association *a, const uint8_t *p, size_t n)
             return at + r.size;
         }
         hs_drop(a, verdict == GUARD_CLAIM ? DTLS_DROP_ALERT : (dtls_drop)verdict);
+        if (r.type == TYPE_CID) /* keys were made for it: that was a piece of work */
+            return at + r.size;
         if (verdict == DTLS_DROP_HANDSHAKE)
             hs_keep_unfit(a, &g, &r);
         if (verdict == GUARD_CLAIM)
@@ -6865,7 +6920,8 @@ static int ctx_cid_add(SSL *ssl, unsigned type, unsigned context, const unsigned
         a->wire.rrc = a->wire.rrc && a->wire.cid;
         return server ? a->wire.rrc : a->wire.offers;
     }
-    if ((server && !aead_of(SSL_get_pending_cipher(ssl))) || !assoc_draw_cid(a)) {
+    bool bad = server && (!aead_of(SSL_get_pending_cipher(ssl)) || a->wire.cid_out_len > wire_room(&a->wire) / 4);
+    if (bad || !assoc_draw_cid(a)) {
         free(a->wire.cid_out); /* the client's, which is not agreed upon */
         a->wire.cid_out = NULL;
         a->wire.cid_out_len = 0;
@@ -7149,8 +7205,7 @@ static void ep_pass(struct association *a, const struct path *from, const uint8_
     a->from = NULL;
 }
 
-/* Where there are several, each takes what it has the keys for. Open ones come first: somebody may have started the other in
- * its peer's name. False: there are only open ones, and nothing was for them. */
+/* Where there are several, each open one takes what it has the keys for. False: nothing was for them. */
 static bool ep_give(struct association *a, const uint8_t *p, size_t n)
 {
     for (struct association *open = assoc_open_same(a), *next; open; open = next) {
@@ -7160,9 +7215,7 @@ static bool ep_give(struct association *a, const uint8_t *p, size_t n)
         if (open->authentic || !open->phase)
             return true;
     }
-    if (a->handshake)
-        assoc_input(a, p, n);
-    return a->handshake != NULL;
+    return false;
 }
 
 /* Peers that come from another address. */
@@ -7177,14 +7230,15 @@ static APART bool ep_is_from(struct association *a, const struct record *r, cons
     const struct move *m = a->move;
     bool back = m && path_equal(&m->old, from);
     bool newest = r->sequence > a->wire.newest || (back && !m->proven && r->sequence == a->wire.newest);
-    if (!a->phase || a->handshake || !a->conn->server || !(back || newest))
+    if (!a->phase || a->handshake || !a->conn->server || !(back || newest) || (r->type == TYPE_RRC && !a->wire.rrc))
         return false;
     a->ep->counters.trials++;
     if (!wire_open(&a->wire, false, r, text, &n, &type))
         return false;
-    /* Answers are to our own question. Only one that it is still there moves it back. */
+    /* A repeated Finished is of a handshake, which stays where it is. Answers are to our own question: only one that it is
+     * still there moves it back. */
     bool answer = type == TYPE_RRC && n == PATH_MESSAGE && text[0] != PATH_CHALLENGE;
-    if (!newest || (answer && !(back && text[0] == PATH_RESPONSE)))
+    if (!newest || type == TYPE_HANDSHAKE || (answer && !(back && text[0] == PATH_RESPONSE)))
         return true;
     if (assoc_move(a, from, r))
         return true;
@@ -7266,8 +7320,9 @@ static struct association *search_blindly(struct search *s)
 static bool ep_roams(dtls_endpoint *ep, const struct path *from, const uint8_t *p, size_t n)
 {
     struct record r;
-    if (!ep->listening || ep->cfg.roam_trials == DTLS_NEVER || !record_parse(p, n, &r) || r.size != n || r.epoch != 1 ||
-        (r.type != TYPE_DATA && r.type != TYPE_ALERT) || r.body_len < OVERHEAD_MIN)
+    if (!ep->listening || ep->cfg.roam_trials == DTLS_NEVER || !record_parse_any(p, n, 0, &r) || r.size != n ||
+        r.epoch != 1 || (r.type != TYPE_DATA && r.type != TYPE_ALERT && r.type != TYPE_RRC) ||
+        r.body_len < OVERHEAD_MIN)
         return false;
     struct search s = {.ep = ep, .r = &r, .from = from};
     bool marked = false;
@@ -7317,9 +7372,13 @@ static void ep_input(dtls_endpoint *ep, struct udp *u, const uint8_t *p, size_t 
         if (a && a->handshake) /* what stands behind it: more pieces of it */
             a->handshake->state == HS_NEW ? assoc_post(a, p + r.size, n - r.size)
                                           : assoc_input(a, p + r.size, n - r.size);
-    } else if (!(a && ep_give(a, p, n)) && !ep_roams(ep, &path, p, n) && !a) {
+    } else if (!(a && ep_give(a, p, n)) && !ep_roams(ep, &path, p, n)) {
+        /* A handshake comes last: somebody may have started it in the name of whoever is open there, or have left since. */
         dtls_drop why = record_drop(p, n);
-        ep_count(ep, why == DTLS_DROP_MALFORMED ? DTLS_DROP_STRANGER : why);
+        if (a && a->handshake)
+            assoc_input(a, p, n);
+        else if (!a)
+            ep_count(ep, why == DTLS_DROP_MALFORMED ? DTLS_DROP_STRANGER : why);
     }
 }
 

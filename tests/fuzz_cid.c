@@ -27,6 +27,7 @@ static struct record_keys *make_keys(const struct aead *aead, bool other)
     struct record_keys *k = calloc(1, sizeof *k);
     struct record_key *of[2] = {other ? &k->in : &k->out, other ? &k->out : &k->in};
     k->aead = aead;
+    k->sure = true;
     for (int i = 0; i < 2; i++) {
         memset(of[i]->key, 0x11 + i, sizeof of[i]->key);
         memset(of[i]->salt, 0x51 + i, sizeof of[i]->salt);

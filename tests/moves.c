@@ -4,7 +4,7 @@
 #include "world.h"
 
 enum {
-    PEERS = 4,
+    PEERS = 7,
     IP_UDP_BYTES = 28,
     CID_BYTES = 8, /* of a server's connection ID */
     WITH_CID = 25,
@@ -463,7 +463,7 @@ static void test_unanswered_questions(void)
     stop();
 }
 
-/* Places are counted where a client is, and there is none for one more. */
+/* Places are counted where a client is, once that is proven and there is one. */
 static void test_quotas(void)
 {
     server.ciphers = client.ciphers = NULL;
@@ -473,11 +473,142 @@ static void test_quotas(void)
     clients[1].seen = other_ip;
     CHECK(connect_one(&clients[1], NULL));
     clients[0].seen = address("198.51.100.9:1");
-    CHECK_THAT(!answered_soon(&clients[0], "full"), "an address that is full takes nobody in");
-    CHECK(server.moved == 0 && counted().dropped[DTLS_DROP_LIMIT] == 1);
+    CHECK_THAT(answered_soon(&clients[0], "full"), "a full address");
+    wait_seconds(1);
+    CHECK_THAT(!connect_one(&clients[2], NULL), "it counts where it was");
     clients[0].seen = address("203.0.113.3:3");
-    CHECK_THAT(answered_soon(&clients[0], "elsewhere") && server.moved == 1, "another one does");
+    CHECK_THAT(answered_soon(&clients[0], "elsewhere") && server.moved == 2, "another one");
+    wait_seconds(1);
     CHECK_THAT(connect_one(&clients[2], NULL), "and where it was there is a place again");
+    stop();
+}
+
+/* ---- what others made of it once ---- */
+
+static struct {
+    struct datagram d;
+    int64_t due;
+} slow[64];
+static int slow_len;
+static int64_t delay_us;
+
+static int slowly(const struct datagram *d)
+{
+    if (slow_len < 64) {
+        slow[slow_len].d = *d;
+        slow[slow_len++].due = now_us + delay_us;
+    }
+    return 1;
+}
+
+static void slow_turn(void)
+{
+    turn();
+    for (int i = 0; i < slow_len; i++)
+        if (slow[i].due <= now_us) {
+            struct datagram d = slow[i].d;
+            memmove(slow + i, slow + i + 1, (size_t)(--slow_len - i) * sizeof *slow);
+            i--;
+            through_nat(&d);
+        }
+}
+
+/* The new path is slower than the old one: an answer that comes behind the next question is one all the same. */
+static void test_slower_way(void)
+{
+    static const char big[1200] = {0};
+    for (int ms = 30; ms <= 400; ms += 90) {
+        server.ciphers = client.ciphers = suites[0];
+        world((dtls_config){0}, (dtls_config){0}, 1);
+        struct client *c = &clients[0];
+        CHECK(answered(c, "before"));
+        server.echo = 0;
+        slow_len = 0;
+        delay_us = ms * 1000;
+        wire_drop = slowly;
+        c->seen = other_port;
+        int refused = 0, sent = 0;
+        for (int i = 0; i < 3000; i++) { /* 30 s: the client says something each second, the server as much as it may */
+            if (i % 100 == 0)
+                dtls_conn_send(c->conn, "still here", 10);
+            if (i > 1000 && i % 50 == 0) {
+                int r = dtls_conn_send(server.conn, big, sizeof big);
+                refused += r == DTLS_ERR_AGAIN;
+                sent += r == 0;
+            }
+            slow_turn();
+        }
+        CHECK_THAT(refused == 0 && sent > 0,
+                   "%d ms each way on the new path: 10 s after the move %d messages leave, %d are refused", ms, sent,
+                   refused);
+        stop();
+    }
+}
+
+/* What is not proven takes nobody's place at an address. */
+static void test_full_source(void)
+{
+    server.ciphers = client.ciphers = suites[0];
+    world((dtls_config){.max_conns_per_address = 3, .max_conns_per_identity = DTLS_NEVER}, (dtls_config){0}, 3);
+    for (int i = 0; i < 3; i++) {
+        CHECK(answered(&clients[i], "before"));
+        dtls_addr spoofed = other_ip;
+        spoofed.port = (uint16_t)(40 + i);
+        copy_instead(&clients[i], &spoofed);       /* the client itself writes that address on one datagram */
+        clients[i].seen = address("192.0.2.99:9"); /* and answers no question */
+    }
+    clients[5].own = clients[5].seen = other_ip;
+    CHECK_THAT(connect_one(&clients[5], NULL),
+               "one datagram of each in the name of an address, and its own clients get in: %s", client.reason_text);
+    stop();
+}
+
+/* Who is back home is where its handshake was: it is replaced there as before. */
+static void test_roamed_for_good(void)
+{
+    for (int with_id = 0; with_id < 2; with_id++) {
+        server.ciphers = client.ciphers = suites[0];
+        world((dtls_config){.cid_bytes = with_id ? 0 : DTLS_NEVER, .max_conns_per_identity = 1}, (dtls_config){0}, 1);
+        CHECK(answered(&clients[0], "before"));
+        copy_instead(&clients[0], &elsewhere);
+        CHECK(answered_soon(&clients[0], "home") && at(&clients[0].own) == 1);
+        /* The client is started again, without a word. */
+        clients[1].own = address("192.0.2.3:3");
+        clients[1].seen = clients[0].seen;
+        clients[0].seen = clients[0].own = address("192.0.2.77:7");
+        CHECK_THAT(connect_one(&clients[1], NULL), "%s: once a record was copied, and its client is started again: %s",
+                   with_id ? "connection ID" : "none", client.reason_text);
+        stop();
+    }
+}
+
+/* Whose address others move to, without a way to be found but by that. */
+static void test_native_unlisted(void)
+{
+    /* The server has no connection ID for clients[0], and tries no keys; the others have IDs, and their datagrams false addresses. */
+    server.ciphers = client.ciphers = suites[0];
+    world((dtls_config){.roam_trials = DTLS_NEVER, .max_conns_per_identity = DTLS_NEVER}, (dtls_config){0}, 6);
+    for (int i = 0; i < 6; i++)
+        CHECK(answered(&clients[i], "before"));
+    for (int i = 0; i < 4; i++)
+        copy_instead(&clients[i], &other_ip);
+    dtls_endpoint *with = client.ep;
+    side_open(&client, "client", (dtls_config){.send = on_send, .cid_bytes = DTLS_NEVER});
+    dtls_endpoint *without = client.ep;
+    clients[6].own = clients[6].seen = other_ip;
+    REQUIRE(connect_one(&clients[6], NULL), "victim");
+    CHECK(answered(&clients[6], "mine"));
+    dtls_conn *victim = clients[6].conn;
+    client.ep = with;
+    for (int i = 4; i < 6; i++)
+        copy_instead(&clients[i], &other_ip);
+    client.ep = without;
+    clients[6].conn = victim;
+    int ok = 0;
+    for (int i = 0; i < 5; i++)
+        ok += answered_soon(&clients[6], "still mine");
+    CHECK_THAT(ok >= 4, "whose address five others moved to is heard there: %d of 5", ok);
+    client.ep = with;
     stop();
 }
 
@@ -965,6 +1096,10 @@ int main(int argc, char **argv)
         {"moved into a handshake", test_moved_into_a_handshake},
         {"unanswered questions", test_unanswered_questions},
         {"quotas", test_quotas},
+        {"slower way", test_slower_way},
+        {"full source", test_full_source},
+        {"back home", test_roamed_for_good},
+        {"native", test_native_unlisted},
         {"trials", test_trials},
         {"in a handshake", test_in_handshake},
         {"form", test_form},
