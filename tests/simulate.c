@@ -134,6 +134,7 @@ struct served {
     dtls_conn *conn;
     uint32_t client, life; /* where clients move: as the certificate says */
     struct place at;
+    dtls_addr born;               /* where its handshake was */
     dtls_addr proven[PROVEN_MAX]; /* where it was before that, and that may have been */
     uint32_t proven_len;
     unsigned moves;
@@ -785,7 +786,7 @@ static void served_begins(struct served *s, dtls_conn *conn)
         broken("a connection of %s", info.peer_name);
     client_of(s)->ready = 1;
     s->life = client_of(s)->life;
-    s->at.addr = info.peer;
+    s->at.addr = s->born = info.peer;
     s->at.proven = s->at.sure = 1;
     s->cid_in = info.cid_in;
     s->cid_out = info.cid_out;
@@ -866,12 +867,13 @@ static void served_ends(struct served *s, dtls_reason reason)
         at = &(*at)->next;
     *at = s->next;
     if (live && reason == DTLS_CLOSE_REPLACED) {
-        if (s->moves > 0 || !hello_from(&s->at.addr, c))
+        if (!dtls_addr_equal(&s->at.addr, &s->born) || !hello_from(&s->at.addr, c))
             broken("the connection of client %u was replaced by nobody's", s->client);
         sum.taken++;
         c->excused = 1;
         expect_nothing(c);
     } else if (live && !(reason == DTLS_CLOSE_LOCAL && w->muted) &&
+               !(reason == DTLS_CLOSE_PEER && c->excused) && /* one from before its renewal, which was replaced */
                !(reason == DTLS_CLOSE_IDLE && (c->excused || c->unknown || !w->strict))) {
         broken("the connection of client %u was closed: %s", s->client, dtls_conn_reason_text(s->conn));
     }
