@@ -3297,11 +3297,12 @@ static void source_leave(struct association *a)
     source_release(a->ep, s);
 }
 
-/* An open one's peer is there, as is proven now: it counts there, if there is a place, and otherwise where it did. */
+/* An open one's peer is there, as it said itself when it was asked: it counts there, if there is a place, and otherwise where
+ * it did. Other proofs are none against the peer, who could fill others' places. */
 static void source_move(struct association *a, const dtls_addr *peer)
 {
     dtls_endpoint *ep = a->ep;
-    struct source *s = a->source ? source_of(ep, peer) : NULL;
+    struct source *s = a->source && a->wire.rrc ? source_of(ep, peer) : NULL;
     bool blind = a->blind;
     if (!s || s == a->source)
         return;
@@ -4417,7 +4418,8 @@ static bool assoc_move(struct association *a, const struct path *to, const struc
                        .proven = back,
                        .kept = true,
                        .roamed = proven ? a->roamed : a->move->roamed};
-    a->roamed = back ? a->move->roamed : true;
+    struct association *native = back ? assoc_native(assoc_find(a->ep, &to->peer, &to->local)) : NULL;
+    a->roamed = !back || a->move->roamed || (native && native != a); /* an address has one at most */
     assoc_forget_move(a);
     if (back && !proven) { /* nothing is worth keeping */
         free(m);
@@ -6284,7 +6286,7 @@ static bool hs_opens(struct association *a, const struct record *r, struct recor
     unsigned type;
     *plain = *r;
     if (r->type != TYPE_CID)
-        return r->epoch == 0 || !w->cid || w->cid_in[0] == 0;
+        return r->epoch == 0 || ((!w->cid || w->cid_in[0] == 0) && r->type != TYPE_RRC);
     if (!wire_is_fresh(w, r->sequence) || !wire_open(w, false, r, text, &n, &type) || type < TYPE_ALERT ||
         type > TYPE_DATA || !wire_plain(w, r, type, text, n, plain))
         return false;

@@ -469,6 +469,7 @@ def recheck_of_a_chain(t):
     resumed, full = t.client(server, *options, "--session", session), t.client(server, *options)
     for client, how in ((resumed, "resumed session$"), (full, "full handshake$")):
         client.err.wait(how)
+    server.err.wait("resumed session$")  # of a resumed handshake it hears the last word
     server.send_signal(signal.SIGHUP)
     server.err.wait("^reloaded$")
     server.err.wait(" closed: no longer trusted: unable to get local issuer certificate$")
