@@ -5435,14 +5435,13 @@ static bool hs_is_too_many(const struct association *a, char text[REASON_BYTES])
     const dtls_config *cfg = &a->ep->cfg;
     const struct identity *id = a->identity;
     const struct association *old = assoc_predecessor(a);
-    size_t replaced = old != NULL;
+    size_t replaced = old && old->source == a->source; /* it may count elsewhere */
     const dtls_counters *n = &a->ep->counters;
     if (a->source && !old && at_limit(n->conns - n->handshakes, cfg->max_conns)) /* whose place it was to have moved */
         snprintf(text, REASON_BYTES, "refused: max_conns (%d) is reached", cfg->max_conns);
     else if (a->source && at_limit(a->source->open - replaced, cfg->max_conns_per_address))
         snprintf(text, REASON_BYTES, "refused: max_conns_per_address (%d) is reached", cfg->max_conns_per_address);
-    else if (a->source && id &&
-             at_limit(id->open - (replaced && old->conn->identity == id), cfg->max_conns_per_identity))
+    else if (a->source && id && at_limit(id->open - (old && old->conn->identity == id), cfg->max_conns_per_identity))
         snprintf(text, REASON_BYTES, "refused: max_conns_per_identity (%d) is reached by %.100s",
                  cfg->max_conns_per_identity, id->name);
     else
