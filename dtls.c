@@ -4941,7 +4941,7 @@ static int64_t traffic_lost_at(const struct association *a)
         return INT64_MAX;
     if (!a->wire.rrc)
         return silent + us(SILENCE_MS > wait / 2 ? SILENCE_MS : wait / 2);
-    return a->rebound_at < silent ? a->asked_at + traffic_patience(a) : a->rebound_at + us(SILENCE_MS);
+    return a->rebound_at < silent ? a->asked_at + us(ASK_MS) : a->rebound_at + us(SILENCE_MS);
 }
 
 static void traffic_lost(struct association *a, int64_t now)
@@ -6419,6 +6419,7 @@ enum {
     ALPN_BYTES = 1024,
     EXTENSION_CID = 54,          /* RFC 9146 */
     EXTENSION_RRC = 61,          /* RFC 9853 */
+    PEER_CID_MAX = 64,           /* bytes of a client's: no answer is more than three times as large as its question */
     CID_CHANCE = 4,              /* bytes of a connection ID that are random */
     BYTES_PER_CERTIFICATE = 1600 /* of a chain: five certificates in 8 KB */
 };
@@ -6921,7 +6922,7 @@ static int ctx_cid_add(SSL *ssl, unsigned type, unsigned context, const unsigned
         a->wire.rrc = a->wire.rrc && a->wire.cid;
         return server ? a->wire.rrc : a->wire.offers;
     }
-    bool bad = server && (!aead_of(SSL_get_pending_cipher(ssl)) || a->wire.cid_out_len > wire_room(&a->wire) / 4);
+    bool bad = server && (!aead_of(SSL_get_pending_cipher(ssl)) || a->wire.cid_out_len > PEER_CID_MAX);
     if (bad || !assoc_draw_cid(a)) {
         free(a->wire.cid_out); /* the client's, which is not agreed upon */
         a->wire.cid_out = NULL;
