@@ -3825,9 +3825,10 @@ static uint64_t assoc_mark_hash(const dtls_endpoint *ep, uint64_t mark)
 /* From an authentic record. */
 static void assoc_learn_mark(struct association *a, const struct record *r)
 {
-    uint64_t mark = assoc_mark(r), hash = assoc_mark_hash(a->ep, mark);
+    uint64_t mark = assoc_mark(r);
     if (a->overhead != OVERHEAD_MAX || mark == 0 || mark == (uint64_t)1 << 48)
         return;
+    uint64_t hash = assoc_mark_hash(a->ep, mark);
     if (table_first(&a->ep->marks, hash)) /* chance makes no two, but somebody may want to be taken for another */
         return;
     source_set_blind(a, false);
@@ -5437,7 +5438,8 @@ static bool hs_is_too_many(const struct association *a, char text[REASON_BYTES])
     const struct association *old = assoc_predecessor(a);
     size_t replaced = old && old->source == a->source; /* it may count elsewhere */
     const dtls_counters *n = &a->ep->counters;
-    if (a->source && !old && at_limit(n->conns - n->handshakes, cfg->max_conns)) /* whose place it was to have moved */
+    if (a->source && !old &&
+        at_limit(n->conns - n->handshakes, cfg->max_conns)) /* the one that it was to replace moved away */
         snprintf(text, REASON_BYTES, "refused: max_conns (%d) is reached", cfg->max_conns);
     else if (a->source && at_limit(a->source->open - replaced, cfg->max_conns_per_address))
         snprintf(text, REASON_BYTES, "refused: max_conns_per_address (%d) is reached", cfg->max_conns_per_address);

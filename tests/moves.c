@@ -708,10 +708,13 @@ static void test_odd_extensions(void)
         size_t len;
         unsigned char first;
         int in, out; /* what the server has then; -2: no connection */
-    } tries[] = {
-        {"an ID without its length", 54, 0, 0, -2, -2}, {"an ID that is shorter than its length", 54, 4, 4, -2, -2},
-        {"an ID that is longer", 54, 4, 2, -2, -2},     {"an empty ID with something behind it", 54, 2, 0, -2, -2},
-        {"RRC without an ID", 61, 0, 0, -1, -1},        {"RRC with data", 61, 1, 0, -2, -2}};
+    } tries[] = {{"an ID without its length", 54, 0, 0, -2, -2},
+                 {"an ID that is shorter than its length", 54, 4, 4, -2, -2},
+                 {"an ID that is longer", 54, 4, 2, -2, -2},
+                 {"an empty ID with something behind it", 54, 2, 0, -2, -2},
+                 {"an ID of more than 64 bytes", 54, 66, 65, -1, -1},
+                 {"RRC without an ID", 61, 0, 0, -1, -1},
+                 {"RRC with data", 61, 1, 0, -2, -2}};
     for (size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
         dtls_info info;
         extension.type = tries[i].type;
